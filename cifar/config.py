@@ -1,0 +1,276 @@
+"""The one type from the command line to the checkpoint.
+
+Small frozen dataclasses, validated once at construction: a value that passes here is trusted everywhere else. Field
+names are unique over all groups, because the command line flattens them (`--image-size`, not `--data.image-size`).
+"""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Resize = Literal["crop", "pad", "stretch"]
+Flip = Literal["none", "random", "alternating"]
+Policy = Literal["none", "trivial", "rand"]
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "muon"]
+Schedule = Literal["constant", "step", "cosine", "onecycle", "linear"]
+Average = Literal["none", "ema", "lookahead"]
+Precision = Literal["auto", "fp32", "bf16"]
+LoaderKind = Literal["auto", "resident", "streaming"]
+
+
+class ConfigError(ValueError):
+    """A value that the user can mend; the message names the flag and the remedy."""
+
+
+def _require(condition: bool, flag: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{flag} {value}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    data: str = "cifar10"
+    """Named set (cifar10, cifar100, digits, auto), folder of class folders, Parquet file or folder, or such a URI."""
+    image_size: int = 32
+    """Side in pixels of the square images that the network gets."""
+    resize: Resize = "crop"
+    """How other shapes become square: fill it and crop the centre, fit into it and pad, or stretch."""
+    val_fraction: float = 0.1
+    """Share of train that becomes val, stratified by class, when the source brings no val split."""
+    test_fraction: float = 0.1
+    """Share that becomes test, stratified by class, when the source brings no test split."""
+    split_seed: int = 0
+    """Seed of the stratified cuts."""
+    max_bad: float = 0.01
+    """Largest share of unreadable rows before the job stops instead of quarantining them."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data), "data", repr(self.data), "name a data set, a folder or a Parquet path")
+        _require(8 <= self.image_size <= 1024, "image-size", self.image_size, "use 8 to 1024 pixels")
+        _require(0 < self.val_fraction < 1, "val-fraction", self.val_fraction, "use a share between 0 and 1")
+        _require(0 < self.test_fraction < 1, "test-fraction", self.test_fraction, "use a share between 0 and 1")
+        _require(0 <= self.max_bad <= 1, "max-bad", self.max_bad, "use a share from 0 to 1, such as 0.01 for 1 %")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    flip: Flip = "alternating"
+    """Horizontal flip: a coin per image and epoch, or each image flipped every other epoch (Jordan 2024)."""
+    crop_padding: int = 2
+    """Pixels of padding on each side before a random crop to the old size; 0 switches it off."""
+    crop_fill: Literal["reflect", "zero"] = "reflect"
+    """What the padding holds."""
+    cutout: int = 0
+    """Side in pixels of one square per image that is set to zero (DeVries and Taylor 2017); 0 switches it off."""
+    rotate: float = 0.0
+    """Largest rotation in degrees, either way."""
+    shift: float = 0.0
+    """Largest shift along each axis, as a share of the side."""
+    shear: float = 0.0
+    """Largest shear in degrees, either way."""
+    zoom: float = 0.0
+    """Largest zoom, in or out, as a share of the side."""
+    policy: Policy = "none"
+    """TrivialAugment or RandAugment, from torchvision."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution (Zhang 2018); 0 switches it off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution (Yun 2019); 0 switches it off."""
+    augment_on: Literal["device", "data"] = "device"
+    """Where: on the training device, or as a Ray Data stage that CPU nodes can run. The pixels are the same."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.crop_padding <= 512, "crop-padding", self.crop_padding, "use 0 to 512 pixels")
+        _require(self.cutout >= 0, "cutout", self.cutout, "use 0 or more pixels")
+        _require(0 <= self.rotate <= 180, "rotate", self.rotate, "use 0 to 180 degrees")
+        _require(0 <= self.shift < 1, "shift", self.shift, "use a share from 0 to below 1")
+        _require(0 <= self.shear < 90, "shear", self.shear, "use 0 to below 90 degrees")
+        _require(0 <= self.zoom < 1, "zoom", self.zoom, "use a share from 0 to below 1")
+        _require(self.mixup >= 0, "mixup", self.mixup, "use 0 or a positive alpha")
+        _require(self.cutmix >= 0, "cutmix", self.cutmix, "use 0 or a positive alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model: Literal["cnn", "notebook"] = "cnn"
+    """`cnn`: small and fast, patch-whitening first layer. `notebook`: conv-conv-pool-dropout blocks, dense head."""
+    widths: tuple[int, ...] = (64, 256, 256)
+    """Channels of each convolution group."""
+    dropout: float = 0.0
+    """Dropout share: after each block of `notebook` (rising by 0.1 a block), before the head of `cnn`."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.widths) and all(width >= 1 for width in self.widths),
+            "widths",
+            " ".join(map(str, self.widths)),
+            "give one positive channel count per group, such as --widths 64 256 256",
+        )
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "use a share from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    optimizer: Optimizer = "muon"
+    """Muon takes the filters; what Muon does not fit (biases, norms, head) gets SGD with Nesterov momentum."""
+    lr: float = 0.24
+    """Peak learning rate of the main parameter group."""
+    head_lr: float = 0.0
+    """Peak learning rate of the head under Muon; 0 takes airbench's, in proportion to the batch size."""
+    momentum: float = 0.6
+    """Momentum of SGD, RMSprop, and what Muon makes orthogonal."""
+    weight_decay: float = 0.0
+    """Weight decay: decoupled for AdamW and Muon, L2 elsewhere."""
+    schedule: Schedule = "linear"
+    """Learning rate over the run, after the warm-up."""
+    warmup: float = 0.0
+    """Share of all steps in which the learning rate rises linearly from zero."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes (Szegedy 2016)."""
+    clip_norm: float = 0.0
+    """Largest norm of all gradients together; 0 switches clipping off."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; the batch size is that of the step."""
+    average: Average = "none"
+    """Averaged weights for evaluation: exponential moving average, or lookahead (Zhang 2019)."""
+    average_decay: float = 0.99
+    """Decay per step of the average; for lookahead the share of the slow weights kept at each pull."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "use a positive number")
+        _require(self.head_lr >= 0 and math.isfinite(self.head_lr), "head-lr", self.head_lr, "use 0 or more")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "use a number from 0 to below 1")
+        _require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "use 0 or more")
+        _require(0 <= self.warmup < 1, "warmup", self.warmup, "use a share from 0 to below 1")
+        _require(0 <= self.label_smoothing < 1, "label-smoothing", self.label_smoothing, "use 0 to below 1")
+        _require(self.clip_norm >= 0, "clip-norm", self.clip_norm, "use 0 or more")
+        _require(self.accumulate >= 1, "accumulate", self.accumulate, "use 1 or more")
+        _require(0 < self.average_decay < 1, "average-decay", self.average_decay, "use a number between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = 8
+    """Passes over the training split."""
+    batch_size: int = 500
+    """Images per optimizer step, over all workers together."""
+    seed: int = 0
+    """Seed of weights, order and augmentation; every draw is derived from it, none is carried."""
+    sizes: tuple[int, ...] = ()
+    """Progressive resizing: side in pixels for equal shares of the epochs, such as 24 32; empty: always image-size."""
+    max_minutes: float = 0.0
+    """Time budget of training; at its end the run stops cleanly with a model. 0: none."""
+    patience: int = 0
+    """Stop after this many epochs without a better val accuracy. 0: never."""
+    precision: Precision = "auto"
+    """`auto` takes bf16 autocast where the processor computes it natively."""
+    compile: bool = False
+    """Compile the network with torch.compile; pays on a GPU and in long runs."""
+    checkpoint_steps: int = 0
+    """Also write a checkpoint every so many optimizer steps; one per epoch is always written."""
+    loader: LoaderKind = "auto"
+    """Training data in memory or streamed; `auto` measures the split against the memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "use 1 or more")
+        _require(self.batch_size >= 1, "batch-size", self.batch_size, "use 1 or more")
+        _require(all(8 <= size <= 1024 for size in self.sizes), "sizes", self.sizes, "use 8 to 1024 pixels")
+        _require(self.max_minutes >= 0, "max-minutes", self.max_minutes, "use 0 or more")
+        _require(self.patience >= 0, "patience", self.patience, "use 0 or more")
+        _require(self.checkpoint_steps >= 0, "checkpoint-steps", self.checkpoint_steps, "use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    storage: str = "./runs"
+    """Folder or s3:// or gs:// URI that holds the runs; every node must be able to write it."""
+    name: str = ""
+    """Name of the run's folder; the same name resumes. Empty: recipe, data and time of day."""
+    workers: str = "auto"
+    """Training processes: N, 0 for this process, A:B for elastic; `auto` takes what suits the machine."""
+    gpu: bool = False
+    """One GPU per worker. Without the flag GPUs are used when the cluster has any."""
+    verbose: bool = False
+    """Show all of Ray's logs."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.workers == "auto" or re.fullmatch(r"\d+|[1-9]\d*:[1-9]\d*", self.workers) is not None,
+            "workers",
+            self.workers,
+            "use a count such as 2, 0 for this process, a range such as 1:4, or auto",
+        )
+        low, _, high = self.workers.partition(":")
+        _require(not high or int(low) <= int(high), "workers", self.workers, "put the smaller count first")
+        _require(
+            re.fullmatch(r"[\w.\-]*", self.name) is not None and self.name not in {".", ".."},
+            "name",
+            repr(self.name),
+            "use letters, digits, dots, dashes and underscores",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run. Immutable: derive another with `dataclasses.replace`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.batch_size % self.optim.accumulate == 0,
+            "batch-size",
+            self.train.batch_size,
+            f"make it a multiple of --accumulate {self.optim.accumulate}",
+        )
+        _require(
+            self.augment.crop_padding < self.data.image_size,
+            "crop-padding",
+            self.augment.crop_padding,
+            f"use less than --image-size {self.data.image_size}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict of JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Inverse of `to_dict`; an unknown or missing key is a ConfigError."""
+        return _build(cls, values, "config")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    if values.keys() != hints.keys():
+        odd = ", ".join(sorted(values.keys() ^ hints.keys()))
+        raise ConfigError(f"{where}: written by another version of cifar, keys that differ: {odd}")
+    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """JSON knows no tuples and writes 1.0 as 1; anything else of the wrong type is an error."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_coerce(typing.get_args(hint)[0], item, where) for item in value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if origin is Literal and value in typing.get_args(hint):
+        return value
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: {value!r} is not of type {hint}")
