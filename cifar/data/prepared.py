@@ -1,0 +1,220 @@
+"""The prepared set on disk: verified, decoded, square images in Parquet, and the manifest that describes them.
+
+Rows have the columns `image` (fixed-size binary: S*S*3 bytes, row-major RGB uint8), `label` int64, `index` int64 (the
+row's number in the source) and `id` string. Paths may be local or URIs that pyarrow.fs opens (file://, s3://, gs://).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from cifar.config import ConfigError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.parquet"
+
+
+class Arrays(NamedTuple):
+    images: np.ndarray
+    """uint8 (N,S,S,3)."""
+    labels: np.ndarray
+    """int64 (N,)."""
+    indices: np.ndarray
+    """int64 (N,)."""
+
+
+Batch = Arrays
+
+
+class Part(NamedTuple):
+    """One Parquet file of a split."""
+
+    name: str
+    rows: int
+    bytes: int
+
+
+class RowRange(NamedTuple):
+    """Consecutive rows of one part."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    path: str
+    """Folder or URI."""
+    fingerprint: str
+    """Hex digest of the source's content and of the DataConfig fields that shape the rows."""
+    classes: tuple[str, ...]
+    image_size: int
+    counts: dict[str, int]
+    """Rows per split."""
+    class_counts: dict[str, list[int]]
+    """Per split, rows per class."""
+    mean: tuple[float, float, float]
+    """Of each channel over all pixels of train, in 0..255."""
+    std: tuple[float, float, float]
+    """Of each channel over all pixels of train, in 0..255; not a mean of per-image deviations."""
+    quarantined: int
+    """Bad rows, listed in `quarantine.parquet`; no split counts them."""
+    source: str
+    """What the user named; for `auto` what was taken."""
+    parts: dict[str, list[Part]] = field(repr=False)
+    group_rows: int
+    """Rows of a row group; the last one of a part may have fewer."""
+    duplicates: dict[str, Any] = field(repr=False)
+    """`within_train`: train rows whose pixels came before in train; `train_test`: test rows whose pixels are in train;
+    `pairs`: the first of either as [id, id]."""
+    source_stats: dict[str, Any] = field(repr=False)
+    """Of the images as found: `shapes` [[width, height, count], ...] (most frequent), `num_shapes`, `modes` {name:
+    count}; `value_range` [low, high] of the prepared train pixels."""
+
+    @classmethod
+    def load(cls, path: str) -> "Prepared":
+        """Read the manifest and check that all files are there in full; ConfigError if not."""
+        path = absolute(path)
+        files, root = filesystem(path)
+        listed = files.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        sizes = {os.path.relpath(info.path, root): info.size for info in listed}
+        if MANIFEST not in sizes:
+            raise ConfigError(f"{path}: no prepared set here (no {MANIFEST}); make one with jobs/prepare.py")
+        with files.open_input_stream(f"{root}/{MANIFEST}") as stream:
+            manifest = json.loads(stream.read())
+        version = manifest.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ConfigError(f"{path}: prepared by another version of cifar (format {version}); prepare it again")
+        manifest["parts"] = {split: [Part(*part) for part in parts] for split, parts in manifest["parts"].items()}
+        for part in (part for parts in manifest["parts"].values() for part in parts):
+            if sizes.get(part.name) != part.bytes:
+                raise ConfigError(f"{path}: {part.name} is missing or cut short; delete the folder and prepare again")
+        for name in ("classes", "mean", "std"):
+            manifest[name] = tuple(manifest[name])
+        return cls(path=path, **manifest)
+
+    def save(self) -> None:
+        """Write the manifest: the last step, the set does not exist for readers before it."""
+        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        del values["path"]
+        write_file(join(self.path, MANIFEST), json.dumps(values, indent=1).encode())
+
+    def files(self, split: str) -> list[str]:
+        """Paths or URIs of the split's Parquet files, in order."""
+        return [join(self.path, part.name) for part in self.parts[split]]
+
+    def num_bytes(self, split: str) -> int:
+        """Bytes of the split's decoded images."""
+        return self.counts[split] * self.image_size**2 * 3
+
+    def table(self, split: str, columns: list[str] | None = None) -> pa.Table:
+        """The whole split in memory, in file order."""
+        return pa.concat_tables(self.read(RowRange(part.name, 0, part.rows), columns) for part in self.parts[split])
+
+    def batches(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The rank's share of the split in file order, in bounded memory: a row group and a batch.
+
+        Shares are runs of consecutive rows, disjoint and complete over the ranks, and differ by one row at most. Every
+        batch but the last is full.
+        """
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, rank {rank}, world_size {world_size}: out of range")
+        start, stop = (self.counts[split] * place // world_size for place in (rank, rank + 1))
+        first = 0  # row of the split at which the row group begins
+        pending: list[pa.Table] = []
+        num_pending = 0
+        for name, low, high in self.row_groups(split):
+            begin, end = low + max(start - first, 0), min(high, low + stop - first)
+            first += high - low
+            if begin >= end:
+                continue
+            pending.append(self.read(RowRange(name, begin, end), ["image", "label", "index"]))
+            num_pending += end - begin
+            if num_pending >= batch_size:
+                ready = pa.concat_tables(pending)
+                full = num_pending - num_pending % batch_size
+                for offset in range(0, full, batch_size):
+                    yield to_arrays(ready.slice(offset, batch_size))
+                pending, num_pending = [ready.slice(full)], num_pending - full
+        if num_pending:
+            yield to_arrays(pa.concat_tables(pending))
+
+    def row_groups(self, split: str) -> list[RowRange]:
+        """The split's row groups in order: what can be read at a time without waste. Opens no file."""
+        return [
+            RowRange(part.name, start, min(start + self.group_rows, part.rows))
+            for part in self.parts[split]
+            for start in range(0, part.rows, self.group_rows)
+        ]
+
+    def read(self, rows: RowRange, columns: list[str] | None = None) -> pa.Table:
+        """These rows of one part; reads the row groups that hold them."""
+        files, root = filesystem(self.path)
+        first = rows.start // self.group_rows
+        groups = range(first, -(-rows.stop // self.group_rows))
+        # Not pq.read_table, which imports pyarrow.dataset (0.3 s).
+        with files.open_input_file(f"{root}/{rows.name}") as source, pq.ParquetFile(source) as file:
+            table = file.read_row_groups(list(groups), columns=columns)
+        return table.slice(rows.start - first * self.group_rows, rows.stop - rows.start)
+
+
+def to_arrays(table: pa.Table) -> Arrays:
+    """The columns `image`, `label` and `index` as arrays; without a copy where the table is one chunk."""
+    column = table.column("image")
+    width = column.type.byte_width
+    side = math.isqrt(width // 3)
+    chunks = []
+    for chunk in column.chunks:
+        pixels = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
+        chunks.append(pixels.reshape(-1, side, side, 3))
+    images = chunks[0] if len(chunks) == 1 else np.concatenate([np.empty((0, side, side, 3), np.uint8), *chunks])
+    return Arrays(images, table.column("label").to_numpy(), table.column("index").to_numpy())
+
+
+def absolute(path: str) -> str:
+    """A path that means the same in every process, whatever its working folder; URIs already do."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system that holds a path or URI, and the path within it."""
+    if "://" not in path:
+        return fs.LocalFileSystem(), absolute(path)
+    try:
+        files, root = fs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be opened ({error}); use a path or an s3:// or gs:// URI") from error
+    return files, root.rstrip("/")
+
+
+def join(path: str, name: str) -> str:
+    """`name` under a path or URI; the query of a URI, such as ?endpoint_override=, stays at the end."""
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a small file so that no reader sees half of it."""
+    files, target = filesystem(path)
+    # Object stores show a file when it is closed, and need no folders; locally the rename shows it.
+    local = isinstance(files, fs.LocalFileSystem)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp" if local else target
+    if local:
+        files.create_dir(os.path.dirname(target))
+    with files.open_output_stream(temporary) as stream:
+        stream.write(data)
+    if local:
+        files.move(temporary, target)

@@ -1,0 +1,67 @@
+"""Tiny data, no network, no state of this user's."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cifar.data import Prepared, prepare
+from tests.images import encode, write_parquet
+
+NUM_CLASSES = 4
+NUM_TRAIN, NUM_TEST = 440, 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the session's own; two threads, as many as the smallest machine has cores."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for name in ("CIFAR10_DIR", "CIFAR100_DIR", "RAY_ADDRESS"):
+        patch.delenv(name, raising=False)
+    torch.set_num_threads(2)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the hub's layout: 16x16 images, each class a colour under noise, 440 train and 60 test rows."""
+    folder = tmp_path_factory.mktemp("parquet")
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 216, (NUM_CLASSES, 3))
+    for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        labels = rng.permutation(np.arange(count) % NUM_CLASSES)
+        pixels = colours[labels][:, None, None] + rng.normal(0, 25, (count, 16, 16, 3))
+        images = [encode(Image.fromarray(image)) for image in pixels.clip(0, 255).astype(np.uint8)]
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", list(images), labels.tolist())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(parquet: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of a second in this process: 396 train and 44 val images, 3 epochs of 9 steps."""
+    return Config(
+        data=DataConfig(data=str(parquet), image_size=16),
+        augment=AugmentConfig(cutout=4),
+        model=ModelConfig(widths=(8, 16)),
+        optim=OptimConfig(optimizer="adam", lr=0.01),
+        train=TrainConfig(epochs=3, batch_size=44, precision="fp32"),
+        run=RunConfig(storage=str(tmp_path_factory.mktemp("runs")), workers="0"),
+    )
+
+
+@pytest.fixture(scope="session")
+def prepared(config: Config) -> Prepared:
+    return prepare(config.data)
+
+
+@pytest.fixture
+def here(config: Config, tmp_path: Path) -> Config:
+    """The tiny config with a storage of the test's own."""
+    return replace(config, run=replace(config.run, storage=str(tmp_path / "runs")))

@@ -1,0 +1,144 @@
+"""Every odd kind of image becomes the right RGB pixels; every kind of bad one its reason."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar.data.decode import BadImage, decode
+from tests.images import bad_images, encode, noise
+
+
+def pixel(data: bytes) -> list[int]:
+    return decode(data, 8, "crop")[4, 4].tolist()
+
+
+def flat(mode: str, colour: object, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    return Image.new(mode, size, colour)  # pyright: ignore[reportArgumentType]
+
+
+def test_square_rgb_is_kept_exactly():
+    pixels = noise(1)
+    found = decode(encode(Image.fromarray(pixels)), 32, "crop")
+    assert found.dtype == np.uint8
+    assert found.flags.writeable
+    np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (flat("L", 77), [77, 77, 77]),
+        (flat("1", 1), [255, 255, 255]),
+        (flat("LA", (0, 0)), [255, 255, 255]),
+        (flat("LA", (40, 255)), [40, 40, 40]),
+        (flat("RGBA", (255, 0, 0, 255)), [255, 0, 0]),
+        (flat("RGBA", (255, 0, 0, 0)), [255, 255, 255]),
+        (flat("RGBA", (255, 0, 0, 51)), [255, 204, 204]),
+    ],
+)
+def test_grey_and_transparency_on_white(image: Image.Image, expected: list[int]):
+    assert pixel(encode(image)) == expected
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    assert pixel(encode(image)) == [10, 20, 30]
+    assert pixel(encode(image, transparency=1)) == [255, 255, 255]
+    assert pixel(encode(image, "gif")) == [10, 20, 30]
+
+
+def test_colour_key_transparency_of_rgb():
+    assert pixel(encode(flat("RGB", (1, 2, 3)), transparency=(1, 2, 3))) == [255, 255, 255]
+
+
+def test_cmyk_jpeg():
+    """Pure cyan ink: no red, full green and blue."""
+    red, green, blue = pixel(encode(flat("CMYK", (255, 0, 0, 0), (16, 16)), "jpeg", quality=95))
+    assert red < 10
+    assert green > 245
+    assert blue > 245
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_16_bit_grey_is_scaled_not_clipped(kind: str):
+    values = np.array([0, 128, 129, 257, 25_700, 32_768, 65_406, 65_407, 65_535], np.uint16)
+    image = Image.fromarray(np.tile(values, (9, 1)))
+    found = decode(encode(image, kind), 9, "crop")
+    np.testing.assert_array_equal(found, np.repeat(np.tile(np.round(values / 257), (9, 1))[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind: str, orientation: int):
+    """A red top left corner goes where each of the eight orientations says."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16, :16] = 255, 0, 0
+    exif = Image.Exif()
+    exif[274] = orientation
+    found = decode(encode(Image.fromarray(pixels), kind, exif=exif), 32, "crop")
+    corners = {(row, column) for row in (4, 27) for column in (4, 27) if found[row, column, 0] > 128}
+    expected = {1: (4, 4), 2: (4, 27), 3: (27, 27), 4: (27, 4), 5: (4, 4), 6: (4, 27), 7: (27, 27), 8: (27, 4)}
+    assert corners == {expected[orientation]}
+
+
+def test_animation_gives_its_first_frame():
+    frames = [flat("RGB", (200, 0, 0)), flat("RGB", (0, 200, 0))]
+    assert pixel(encode(frames[0], "gif", save_all=True, append_images=frames[1:])) == [200, 0, 0]
+
+
+def test_crop_keeps_the_centre_pad_keeps_all_stretch_ignores_aspect():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 20:40], wide[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    data = encode(Image.fromarray(wide))
+    np.testing.assert_array_equal(decode(data, 20, "crop"), wide[:, 20:40])
+    padded = decode(data, 60, "pad")
+    np.testing.assert_array_equal(padded[20:40], wide)
+    assert padded[:20].max() == padded[40:].max() == 0
+    stretched = decode(data, 30, "stretch")
+    assert [stretched[15, column].tolist() for column in (3, 15, 26)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+
+
+def test_extreme_shapes_fit():
+    for size in ((1, 1), (1, 5000), (5000, 1)):
+        for resize in ("crop", "pad", "stretch"):
+            assert decode(encode(Image.new("RGB", size)), 32, resize).shape == (32, 32, 3)
+
+
+def test_reduced_jpeg_decoding_matches_full_decoding():
+    """Against Pillow's full-size decoding and resize, within the error of the codec."""
+    gradient = np.linspace(0, 255, 800).astype(np.uint8)
+    image = Image.fromarray(
+        np.stack(
+            [np.tile(gradient, (800, 1)), np.tile(gradient[:, None], (1, 800)), np.full((800, 800), 9, np.uint8)], 2
+        )
+    )
+    data = encode(image, "jpeg", quality=95)
+    reference = np.asarray(Image.open(__import__("io").BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC), int)
+    assert np.abs(decode(data, 32, "crop").astype(int) - reference).max() <= 3
+
+
+@pytest.mark.parametrize("kind", bad_images())
+def test_bad_images_have_their_reason(kind: str):
+    data, reason = bad_images()[kind]
+    with pytest.raises(BadImage, match=f"^{reason}$"):
+        decode(data, 32, "crop")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
+def test_no_part_of_a_truncated_file_is_substituted(kind: str, keep: float):
+    data = encode(Image.fromarray(noise(3, 64)), kind)
+    with pytest.raises(BadImage, match="truncated or damaged"):
+        decode(data[: int(len(data) * keep)], 32, "crop")
+
+
+def test_float_pixels_are_refused_by_name():
+    with pytest.raises(BadImage, match="unsupported pixel format F"):
+        decode(encode(Image.fromarray(np.zeros((8, 8), np.float32)), "tiff"), 8, "crop")
+
+
+def test_formats_that_run_programs_stay_shut():
+    """EPS would start Ghostscript."""
+    with pytest.raises(BadImage, match="not an image"):
+        decode(encode(flat("RGB", (1, 2, 3)), "eps"), 8, "crop")
