@@ -1,0 +1,123 @@
+"""The self-describing model folder: config.json, model.safetensors, metrics.json, README.md.
+
+Only JSON and safetensors are read, never a pickle: a folder from a stranger can be wrong, but it runs no code.
+"""
+
+import json
+import os
+import platform
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import cifar
+from cifar.config import Config, ConfigError
+from cifar.models import Classifier, build_model
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a model needs to be used and understood without its data: goes to config.json."""
+
+    config: Config
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    """Of the training images, per channel, in 0..255."""
+    std: tuple[float, float, float]
+    fingerprint: str
+    """Of the prepared data set."""
+    source: str
+    """The data set as the user named it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    model: Classifier
+    """In evaluation mode, on the CPU."""
+    info: ModelInfo
+    metrics: dict[str, Any]
+
+
+def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[str, Any]) -> None:
+    """Write the folder whole: a reader sees all of it or none. An older folder of that name is replaced."""
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    description = {
+        "format": FORMAT,
+        "architecture": info.config.model.model,
+        "classes": list(info.classes),
+        "image_size": info.config.data.image_size,
+        "normalisation": {"mean": list(info.mean), "std": list(info.std)},
+        "data": {"source": info.source, "fingerprint": info.fingerprint},
+        "versions": {"cifar": cifar.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "config": info.config.to_dict(),
+    }
+    (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (partial / "README.md").write_text(model_card(info, metrics))
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def load_model(folder: str | Path) -> LoadedModel:
+    """Read a model folder; ConfigError names the file when it is missing, damaged or of another version."""
+    folder = Path(folder)
+    description = _read_json(folder / "config.json")
+    if description.get("format") != FORMAT:
+        raise ConfigError(f"{folder / 'config.json'}: format {description.get('format')!r}, this cifar reads {FORMAT}")
+    try:
+        info = ModelInfo(
+            config=Config.from_dict(description["config"]),
+            classes=tuple(description["classes"]),
+            mean=tuple(description["normalisation"]["mean"]),
+            std=tuple(description["normalisation"]["std"]),
+            fingerprint=description["data"]["fingerprint"],
+            source=description["data"]["source"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: incomplete, {error!r}; save the model again") from error
+    model = build_model(info.config, len(info.classes), info.mean, info.std)
+    weights = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{weights}: not the weights that config.json describes: {error}") from error
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return LoadedModel(model=model.eval(), info=info, metrics=_read_json(folder / "metrics.json"))
+
+
+def model_card(info: ModelInfo, metrics: dict[str, Any]) -> str:
+    """Markdown for people: what the model is, what it was trained on, what it reaches."""
+    numbers = "\n".join(
+        f"| {name} | {value} |" for name, value in metrics.items() if not isinstance(value, dict | list)
+    )
+    return (
+        f"# {info.config.model.model} on {info.source}\n\n"
+        f"Classifies RGB images of {info.config.data.image_size} x {info.config.data.image_size} pixels into "
+        f"{len(info.classes)} classes: {', '.join(info.classes)}.\n\n"
+        f"Input is uint8; normalisation is inside. Trained by cifar {cifar.__version__} with seed "
+        f"{info.config.train.seed} on data `{info.fingerprint}`; `config.json` holds every setting.\n\n"
+        f"| metric | value |\n|---|---|\n{numbers}\n"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: not found; name a model folder, such as runs/NAME/model") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")
+    return values

@@ -1,0 +1,79 @@
+"""A small, fast network for small images, after the ideas of airbench (Jordan 2024, arXiv 2404.00498).
+
+A frozen first layer whitens 2x2 patches, then come groups of two 3x3 convolutions, and the maximum over what is left of
+the plane feeds one linear layer. The first group works on the largest plane and holds most of the arithmetic of a
+training step, so its width is what a slow processor pays for.
+"""
+
+import torch
+from torch import Tensor, nn
+
+PATCH = 2
+
+
+class Cnn(nn.Module):
+    """Normalised float images (B, 3, H, W), H and W at least 8 -> logits (B, C)."""
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...], dropout: float):
+        super().__init__()
+        whitened = 2 * 3 * PATCH**2
+        self.whiten = nn.Conv2d(3, whitened, PATCH)
+        self.whiten.weight.requires_grad_(False)
+        self.groups = nn.Sequential(
+            *(ConvGroup(before, after) for before, after in zip((whitened, *widths), widths, strict=False))
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(widths[-1], num_classes, bias=False)
+        # Logits of a fresh network this small keep the first loss near log C at learning rates this high.
+        self.head_scale = 1 / 9
+
+    def init_whitening(self, images: Tensor, eps: float = 5e-4) -> None:
+        """Set the first layer to whiten the patches of `images`, normalised floats (B, 3, H, W).
+
+        Its filters are the eigenvectors of the patches' covariance over the root of their eigenvalues, and the
+        negatives of these; `eps` is airbench's, and keeps rare directions from being blown up.
+        """
+        patches = nn.functional.unfold(images.double(), PATCH).transpose(1, 2).flatten(0, 1)  # (B*L, 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values.clamp(min=0) + eps).sqrt()).T.flip(0).view(-1, 3, PATCH, PATCH)
+        with torch.no_grad():
+            self.whiten.weight.copy_(torch.cat([filters, -filters]))
+            assert self.whiten.bias is not None
+            self.whiten.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.groups(nn.functional.gelu(self.whiten(images)))
+        return self.head(self.dropout(features.amax(dim=(2, 3)))) * self.head_scale
+
+
+class ConvGroup(nn.Module):
+    """conv, pool, norm, GELU, conv, norm, GELU: (B, before, H, W) -> (B, after, max(H // 2, 1), max(W // 2, 1))."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.conv1 = identity_conv(before, after)
+        self.norm1 = batch_norm(after)
+        self.conv2 = identity_conv(after, after)
+        self.norm2 = batch_norm(after)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.conv1(features)
+        if min(features.shape[2:]) > 1:  # many groups use a small plane up
+            features = nn.functional.max_pool2d(features, 2)
+        features = nn.functional.gelu(self.norm1(features))
+        return nn.functional.gelu(self.norm2(self.conv2(features)))
+
+
+def identity_conv(before: int, after: int) -> nn.Conv2d:
+    """3x3 convolution whose first filters pass their input on, so that signal reaches depth from the first step."""
+    conv = nn.Conv2d(before, after, 3, padding="same", bias=False)
+    with torch.no_grad():
+        nn.init.dirac_(conv.weight[:before])
+    return conv
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Running statistics follow within a few steps (runs are short), and the scale is fixed at 1 as in airbench."""
+    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm

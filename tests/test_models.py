@@ -1,0 +1,116 @@
+"""Networks: shapes, normalisation inside, whitening, and the folder that carries them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.model_dir import ModelInfo, load_model, save_model
+from cifar.models import Classifier, build_model
+
+MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
+CNN = Config(model=ModelConfig(widths=(8, 16, 16)))
+NOTEBOOK = Config(model=ModelConfig(model="notebook", widths=(8, 16), dropout=0.2))
+
+
+def images(count: int = 4, size: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def build(config: Config) -> Classifier:
+    torch.manual_seed(0)
+    return build_model(config, 5, MEAN, STD)
+
+
+@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+def test_uint8_in_logits_out(config: Config) -> None:
+    logits = build(config)(images())
+    assert logits.shape == (4, 5)
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+def test_normalisation_is_inside(config: Config) -> None:
+    """uint8 images and the same values as float give the same logits."""
+    model = build(config).eval()
+    torch.testing.assert_close(model(images()), model(images().float()))
+    normalized = model.normalize(torch.tensor(MEAN).view(1, 3, 1, 1) + torch.tensor(STD).view(1, 3, 1, 1))
+    torch.testing.assert_close(normalized, torch.ones(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("size", [8, 20, 32, 48])
+def test_cnn_takes_any_size_down_to_8(size: int) -> None:
+    assert build(CNN)(images(size=size)).shape == (4, 5)
+
+
+@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+def test_every_trainable_parameter_gets_a_gradient(config: Config) -> None:
+    model = build(config)
+    model(images()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_first_layer_whitens_the_patches() -> None:
+    """Half of its filters' outputs over the sample are uncorrelated with variance 1; the others are their negatives."""
+    generator = torch.Generator().manual_seed(1)
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(64, 3, 8, 8, generator=generator) * 255, size=32, mode="bicubic"
+    )
+    model = build(CNN)
+    model.init_from(smooth)
+    outputs = model.network.whiten(model.normalize(smooth)).transpose(0, 1).flatten(1).detach()  # pyright: ignore
+    half = outputs[:12] * (outputs[:12].square().mean(1, keepdim=True) > 0.5)  # rare directions are damped by eps
+    covariance = half @ half.T / half.shape[1]
+    kept = covariance.diagonal() > 0
+    assert kept.sum() >= 3
+    torch.testing.assert_close(covariance[kept][:, kept], torch.diag(covariance.diagonal()[kept]), atol=0.02, rtol=0)
+    torch.testing.assert_close(outputs[12:], -outputs[:12])
+
+
+def info(config: Config) -> ModelInfo:
+    classes = ("a", "b", "c", "d", "e")
+    return ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f00d", source="here")
+
+
+@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+def test_saved_model_answers_the_same(config: Config, tmp_path: Path) -> None:
+    model = build(config)
+    model(images())  # moves the batch norm statistics
+    save_model(tmp_path / "model", model.eval(), info(config), {"val_accuracy": 0.5})
+    loaded = load_model(tmp_path / "model")
+    assert torch.equal(loaded.model(images()), model(images()))
+    assert loaded.info == info(config)
+    assert loaded.metrics == {"val_accuracy": 0.5}
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-written stays"
+
+
+def test_wrong_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: not found"):
+        load_model(tmp_path)
+    save_model(tmp_path / "model", build(CNN), info(CNN), {})
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        load_model(tmp_path / "model")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", build(CNN), info(CNN), {})
+    path = tmp_path / "model" / "config.json"
+    description = json.loads(path.read_text())
+    description["config"]["model"]["widths"] = [8, 16, 32]
+    path.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        load_model(tmp_path / "model")
+
+
+def test_notebook_fits_its_image_size() -> None:
+    config = replace(NOTEBOOK, data=DataConfig(image_size=48))
+    assert build(config)(images(size=48)).shape == (4, 5)
