@@ -1,0 +1,89 @@
+"""uint8 images to probabilities: the one way from a model folder to an answer. No Ray: it runs where torch runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cifar.config import ConfigError
+from cifar.model_dir import LoadedModel, load_model
+
+Images: TypeAlias = NDArray[np.uint8] | Tensor
+
+
+class Predictor:
+    """A loaded model on a device, in float32.
+
+    `model` is a model folder or what `load_model` gave. `device` is `auto` (a GPU when there is one) or any name that
+    torch knows. `batch_size` bounds the memory; the number of images in a call does not.
+    """
+
+    def __init__(self, model: LoadedModel | str | Path, device: str = "auto", batch_size: int = 500):
+        loaded = model if isinstance(model, LoadedModel) else load_model(model)
+        self.info = loaded.info
+        self.metrics = loaded.metrics
+        self.batch_size = batch_size
+        self.device = find_device(device)
+        self._model = loaded.model.to(self.device).eval()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the columns of every answer."""
+        return self.info.classes
+
+    @property
+    def image_size(self) -> int:
+        return self.info.config.data.image_size
+
+    def predict(self, images: Images) -> NDArray[np.float32]:
+        """Probabilities float32 (N,C) of uint8 images: an array (N,S,S,3), or a tensor (N,3,S,S) on any device."""
+        return self._forward(images, softmax=True)
+
+    def logits(self, images: Images) -> NDArray[np.float32]:
+        """Logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""
+        return self._forward(images, softmax=False)
+
+    @torch.inference_mode()
+    def _forward(self, images: Images, softmax: bool) -> NDArray[np.float32]:
+        self._check(images)
+        answers = np.empty((len(images), len(self.classes)), dtype=np.float32)
+        start = 0
+        for batch in self._batches(images):
+            logits = self._model(batch)
+            answers[start : start + len(batch)] = (logits.softmax(1) if softmax else logits).cpu().numpy()
+            start += len(batch)
+        return answers
+
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        """uint8 (B,3,S,S) on the device."""
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            if not isinstance(batch, Tensor):
+                # Arrow's zero-copy arrays are read-only, which torch warns about: such a batch is copied.
+                batch = torch.from_numpy(np.require(batch, requirements=["C", "W"])).permute(0, 3, 1, 2)
+            yield batch.to(self.device)
+
+    def _check(self, images: Images) -> None:
+        size = self.image_size
+        expected = (3, size, size) if isinstance(images, Tensor) else (size, size, 3)
+        if tuple(images.shape[1:]) != expected or images.dtype not in (torch.uint8, np.uint8):
+            shape = ", ".join(map(str, ("N", *expected)))
+            raise ValueError(f"images must be uint8 ({shape}), not {images.dtype} {tuple(images.shape)}")
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """`auto`: the first GPU, else the CPU; ConfigError for a device that this machine does not have."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: not available here ({reason}); use auto or cpu") from error
+    return device

@@ -1,0 +1,106 @@
+"""Predictor: the same answers whatever the layout, the batch size or the memory the images come in."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.model_dir import LoadedModel, ModelInfo, load_model, save_model
+from cifar.models import build_model
+from cifar.predictor import Predictor, find_device
+
+MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
+
+
+def loaded_model(size: int = 16, classes: tuple[str, ...] = ("a", "b", "c", "d")) -> LoadedModel:
+    torch.manual_seed(0)
+    config = Config(data=DataConfig(image_size=size), model=ModelConfig(widths=(8, 8)))
+    model = build_model(config, len(classes), MEAN, STD)
+    info = ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f", source="digits")
+    return LoadedModel(model=model.eval(), info=info, metrics={"train_seconds": 1.5})
+
+
+def images(count: int = 11, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_probabilities_are_the_softmax_of_what_the_bare_model_says():
+    loaded = loaded_model()
+    with torch.inference_mode():
+        expected = loaded.model(torch.from_numpy(images()).permute(0, 3, 1, 2)).softmax(1).numpy()
+    found = Predictor(loaded, device="cpu").predict(images())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_array_and_tensor_layouts_give_the_same_answers():
+    predictor = Predictor(loaded_model(), device="cpu")
+    tensor = torch.from_numpy(images()).permute(0, 3, 1, 2).contiguous()
+    np.testing.assert_allclose(predictor.logits(images()), predictor.logits(tensor), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_the_batch_size_changes_neither_order_nor_count(batch_size):
+    loaded = loaded_model()
+    expected = Predictor(loaded, device="cpu").logits(images())
+    found = Predictor(loaded, device="cpu", batch_size=batch_size).logits(images())
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_mode_model_is_put_into_evaluation_mode():
+    loaded = loaded_model()
+    loaded.model.train()
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    Predictor(loaded, device="cpu").predict(images())
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+def test_read_only_memory_gives_no_warning_and_is_left_alone():
+    frozen = images()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Predictor(loaded_model(), device="cpu").predict(frozen)
+    np.testing.assert_array_equal(frozen, images())
+
+
+def test_no_images_give_no_rows():
+    assert Predictor(loaded_model(), device="cpu").predict(images(0)).shape == (0, 4)
+
+
+def test_a_folder_gives_what_the_model_in_memory_gives(tmp_path: Path):
+    loaded = loaded_model()
+    save_model(tmp_path / "model", loaded.model, loaded.info, loaded.metrics)
+    predictor = Predictor(tmp_path / "model", device="cpu")
+    assert predictor.classes == ("a", "b", "c", "d")
+    assert predictor.metrics == {"train_seconds": 1.5}
+    np.testing.assert_allclose(
+        predictor.predict(images()), Predictor(loaded, device="cpu").predict(images()), rtol=1e-5
+    )
+    assert replace(load_model(tmp_path / "model").info, source="") == replace(loaded.info, source="")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        images(2, 8),
+        images(2).astype(np.float32),
+        images(2).transpose(0, 3, 1, 2),
+        torch.from_numpy(images(2)),
+        images(2)[0],
+    ],
+    ids=["size", "float", "planes first", "tensor with channels last", "one image"],
+)
+def test_images_of_another_shape_or_type_are_refused_with_the_shape_wanted(wrong):
+    with pytest.raises(ValueError, match=r"uint8 \(N, (16, 16, 3|3, 16, 16)\)"):
+        Predictor(loaded_model(), device="cpu").predict(wrong)
+
+
+def test_an_unknown_device_is_one_line_that_names_the_flag():
+    with pytest.raises(ConfigError, match="--device nonsense") as caught:
+        find_device("nonsense")
+    assert "\n" not in str(caught.value)
