@@ -1,0 +1,93 @@
+"""The report of a model on a labelled split: report.html, report.json and its figures as PNG."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cifar.evaluate import Evaluation, to_dict
+from cifar.report import figures, page
+from cifar.report.history import Row, verdict
+
+
+def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequence[Row] = (), command: str = "") -> Path:
+    """Write the report into `folder` and return the path of report.html.
+
+    Beside it: report.json, figures/confusion.png, figures/reliability.png and, with a `history` (the rows of
+    metrics.jsonl, see `read_history`), curves.png. `command` is what a reader types to get the numbers again.
+    """
+    folder = Path(folder)
+    learning = verdict(history) if history else None
+    facts = {
+        "command": command,
+        "versions": page.versions(),
+        "config": evaluation.model.config.to_dict(),
+        "learning": asdict(learning) if learning else None,
+    }
+    page.write(folder / "figures/confusion.png", _confusion_png(evaluation))
+    panel = figures.reliability(evaluation.reliability, evaluation.ece)
+    page.write(folder / "figures/reliability.png", figures.png([panel], (5, 4.5)))
+    if history:
+        panels = [figures.curve(history, key) for key in ("loss", "accuracy")]
+        page.write(folder / "curves.png", figures.png(panels, (10, 4)))
+    page.write_json(folder / "report.json", to_dict(evaluation) | facts)
+    html = page.render(
+        "evaluation.html",
+        evaluation=evaluation,
+        correct=round(evaluation.accuracy * evaluation.count),
+        per_class=sorted(evaluation.per_class.items(), key=lambda item: item[1]["f1"]),
+        matrix=_matrix(evaluation),
+        heatmap=None if _annotated(evaluation) else _heatmap(evaluation),
+        reliability=figures.svg(panel, (5, 4.5), "Reliability diagram: accuracy over confidence"),
+        calibration=calibration_sentence(evaluation),
+        mistakes=[(mistake, page.strip([mistake.image])) for mistake in evaluation.mistakes],
+        history=history,
+        curves=[
+            figures.svg(figures.curve(history, key), (5, 3.6), f"Learning curve: {key} of train and val by epoch")
+            for key in (("loss", "accuracy") if history else ())
+        ],
+        **facts,
+    )
+    return page.write(folder / "report.html", html)
+
+
+def calibration_sentence(evaluation: Evaluation) -> str:
+    """Is the model surer than it is right?"""
+    confidence = sum(b.count * b.confidence for b in evaluation.reliability) / evaluation.count
+    gap = confidence - evaluation.accuracy
+    means = f"its mean confidence is {page.percent(confidence)}, its accuracy {page.percent(evaluation.accuracy)}"
+    if abs(gap) < 0.005:
+        return f"On the whole the model is as sure as it is right: {means}."
+    return f"The model is {'over' if gap > 0 else 'under'}confident: {means}."
+
+
+def _annotated(evaluation: Evaluation) -> bool:
+    return len(evaluation.classes) <= figures.MOST_ANNOTATED
+
+
+def _matrix(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Rows of the table: the label and its cells; none where it would be too large to read."""
+    if not _annotated(evaluation):
+        return []
+    shares = figures.row_shares(evaluation.confusion_matrix)
+    return [
+        {
+            "label": name,
+            "cells": [
+                {"count": int(count), "share": float(share), "right": row == column}
+                for column, (count, share) in enumerate(zip(evaluation.confusion_matrix[row], shares[row], strict=True))
+            ],
+        }
+        for row, name in enumerate(evaluation.classes)
+    ]
+
+
+def _heatmap(evaluation: Evaluation) -> str:
+    title = f"Confusion matrix of {len(evaluation.classes)} classes: share of each label's images by prediction"
+    return figures.svg(figures.confusion(evaluation, normalized=True), (7, 6.6), title)
+
+
+def _confusion_png(evaluation: Evaluation) -> bytes:
+    side = min(4.5 + 0.25 * len(evaluation.classes), 8.0)
+    panels = [figures.confusion(evaluation, normalized) for normalized in (False, True)]
+    return figures.png(panels, (2 * side, side))
