@@ -1,0 +1,186 @@
+"""From prepared rows to batches on the training device: resident in memory, or streamed.
+
+Both loaders give the same kind of batches for the same arguments: `epoch(number, start)` yields uint8 images
+(B, 3, S, S) in channels-last memory, int64 labels (B,) and int64 indices (B,), shuffled anew every epoch by the seed,
+all batches full. A worker's order depends on (seed, epoch, rank, number of workers) alone, so a run that resumes at
+(epoch, start) sees what it would have seen.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from cifar.augment import derive_seed
+from cifar.config import ConfigError
+from cifar.data.prepared import Arrays, Prepared, RowRange, to_arrays
+
+EVALUATION_BATCH = 500
+SHUFFLE_BYTES = 64 * 2**20
+"""Rows that the streaming loader mixes at a time: 20,000 images of 32x32."""
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """uint8 (B, 3, S, S), channels last."""
+    labels: Tensor
+    """int64 (B,)."""
+    indices: Tensor
+    """int64 (B,): each image's number in the prepared set."""
+
+
+class Loader(Protocol):
+    num_batches: int
+    """Batches per epoch of this worker, the same on all workers."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on."""
+        ...
+
+    def sample(self, count: int) -> Tensor:
+        """Up to `count` training images, uint8 (n, 3, S, S), always the same ones."""
+        ...
+
+
+def share(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and last+1 row of the rank's share of `total` rows: equal shares, what does not divide is left out."""
+    rows = total // world_size
+    return rank * rows, (rank + 1) * rows
+
+
+def num_batches(rows: int, batch_size: int, world_size: int) -> int:
+    """Full batches that each worker gets per epoch; ConfigError when there is not even one."""
+    count = rows // world_size // (batch_size // world_size)
+    if count == 0:
+        raise ConfigError(f"--batch-size {batch_size}: train has only {rows} images; use --batch-size {rows} or less")
+    return count
+
+
+class ResidentLoader:
+    """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, which is permuted there."""
+
+    def __init__(
+        self,
+        table: pa.Table,
+        *,
+        total: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ):
+        arrays = to_arrays(table)
+        self.num_batches = num_batches(total, batch_size, world_size)
+        self._per_worker = batch_size // world_size
+        self._seed, self._rank, self._device = seed, rank, device
+        self._images, self._labels, self._indices = (torch.from_numpy(np.array(a)).to(device) for a in arrays)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
+        order = torch.randperm(len(self._labels), generator=generator).to(self._device, non_blocking=True)
+        for number in range(start, self.num_batches):
+            rows = order[number * self._per_worker : (number + 1) * self._per_worker]
+            yield Batch(self._images[rows].permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
+
+    def sample(self, count: int) -> Tensor:
+        return self._images[:count].permute(0, 3, 1, 2)
+
+
+class StreamingLoader:
+    """Row ranges in an order that is new every epoch, opened by `open_stream`, mixed in a window of `SHUFFLE_BYTES`.
+
+    `open_stream` takes the row ranges of all epochs to come, in order, each with its epoch, and yields their tables in
+    that order; it may read ahead. One stream serves the whole run: there is no start-up per epoch.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        open_stream: Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]],
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ):
+        self.num_batches = num_batches(prepared.counts["train"], batch_size, world_size)
+        self._prepared, self._open_stream = prepared, open_stream
+        self._epochs, self._seed, self._rank, self._world_size = epochs, seed, rank, world_size
+        self._per_worker = batch_size // world_size
+        self._device = device
+        self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), self._per_worker)
+        self._stream: Iterator[pa.Table] | None = None
+        self._next_epoch = -1
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        if epoch != self._next_epoch or self._stream is None:
+            # The first epoch, or one that was left early.
+            ahead = [(e, rows) for e in range(epoch, self._epochs) for rows in self._row_ranges(e)]
+            self._stream = self._open_stream(ahead)
+        self._next_epoch = -1
+        for number, batch in enumerate(self._mixed(epoch, self._stream)):
+            if start <= number < self.num_batches:
+                yield Batch(*(tensor.to(self._device, non_blocking=True) for tensor in batch))
+        self._next_epoch = epoch + 1
+
+    def sample(self, count: int) -> Tensor:
+        images = next(self._prepared.batches("train", count)).images
+        return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(self._device)
+
+    def _row_ranges(self, epoch: int) -> list[RowRange]:
+        """The worker's share of an epoch: all row groups in random order, cut into equal runs of rows."""
+        groups = self._prepared.row_groups("train")
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, "groups"))
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        low, high = share(sum(group.stop - group.start for group in groups), self._rank, self._world_size)
+        mine, first = [], 0
+        for group in (groups[place] for place in order):
+            rows = group.stop - group.start
+            start, stop = max(low - first, 0), min(high - first, rows)
+            if start < stop:
+                mine.append(group._replace(start=group.start + start, stop=group.start + stop))
+            first += rows
+        return mine
+
+    def _mixed(self, epoch: int, stream: Iterator[pa.Table]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Exactly one epoch's rows off the stream, as full batches and a rest."""
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
+        low, high = share(self._prepared.counts["train"], self._rank, self._world_size)
+        remaining, pool = high - low, []
+        while remaining:
+            arrays = to_arrays(next(stream))
+            remaining -= len(arrays.labels)
+            pool.append(arrays)
+            if remaining and sum(len(part.labels) for part in pool) < self._window:
+                continue
+            images, labels, indices = (torch.from_numpy(np.concatenate(column)) for column in zip(*pool, strict=True))
+            order = torch.randperm(len(labels), generator=generator)
+            # Half a window stays behind, so that rows of one row group spread over more than one window.
+            ready = len(order) if not remaining else len(order) // 2 // self._per_worker * self._per_worker
+            for rows in order[:ready].split(self._per_worker):
+                yield images[rows].permute(0, 3, 1, 2), labels[rows], indices[rows]
+            rest = order[ready:]
+            pool = [Arrays(*(column[rest].numpy() for column in (images, labels, indices)))]
+
+
+def in_batches(table: pa.Table) -> Iterator[Arrays]:
+    """All rows of the table in order, `EVALUATION_BATCH` at a time."""
+    arrays = to_arrays(table)
+    for start in range(0, len(table), EVALUATION_BATCH):
+        yield Arrays(*(column[start : start + EVALUATION_BATCH] for column in arrays))
+
+
+def read_stream(prepared: Prepared) -> Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]]:
+    """An `open_stream` that reads in this process, for runs without Ray."""
+
+    def open_stream(ahead: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+        for _, rows in ahead:
+            yield prepared.read(rows)
+
+    return open_stream

@@ -1,0 +1,56 @@
+"""Row ranges read, and if wanted augmented, by Ray Data tasks anywhere in the cluster, ahead of the training step."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cifar.augment import augment
+from cifar.config import AugmentConfig
+from cifar.data.prepared import Prepared, RowRange, to_arrays
+
+STORE_BYTES = 512 * 2**20
+"""Object store that one worker's stream may hold: some 40 row groups ahead of the step, however large the set."""
+
+
+def ray_stream(
+    prepared: Prepared, config: AugmentConfig, seed: int
+) -> Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]]:
+    """An `open_stream` for `StreamingLoader` on Ray Data; augments there if `config.augment_on` is `data`.
+
+    Each worker runs its own pipeline over its own rows, so which worker sees which row never depends on timing.
+    """
+
+    def open_stream(ahead: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+        import ray.data
+
+        def load(item: dict[str, Any]) -> pa.Table:
+            epoch, rows = ahead[int(item["id"][0])]
+            table = prepared.read(rows, columns=["image", "label", "index"])
+            return augment_table(table, config, seed, epoch) if config.augment_on == "data" else table
+
+        context = ray.data.DataContext.get_current().copy()
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=STORE_BYTES
+        )
+        with ray.data.DataContext.current(context):
+            # A block, and so a task, for each row range; reading is fused with making the number.
+            tables = ray.data.range(len(ahead), override_num_blocks=len(ahead)).map_batches(load, batch_size=None)
+        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+    return open_stream
+
+
+def augment_table(table: pa.Table, config: AugmentConfig, seed: int, epoch: int) -> pa.Table:
+    """The table with its images changed as the worker would change them in that epoch."""
+    arrays = to_arrays(table)
+    images = torch.from_numpy(np.array(arrays.images)).permute(0, 3, 1, 2)
+    changed = augment(images, torch.from_numpy(np.array(arrays.indices)), config, seed=seed, epoch=epoch)
+    pixels = changed.permute(0, 2, 3, 1).contiguous().numpy()
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        table.schema.field("image").type, len(pixels), [None, pa.py_buffer(pixels)]
+    )
+    return table.set_column(table.schema.get_field_index("image"), "image", column)

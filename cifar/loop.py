@@ -1,0 +1,125 @@
+"""Train an epoch, evaluate a split: torch only. A run reads as five verbs: load, train, evaluate, report, repeat."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar.augment import augment, derive_seed, mix
+from cifar.config import Config, TrainConfig
+from cifar.data.loader import Batch
+from cifar.data.prepared import Arrays
+from cifar.metrics import Totals
+from cifar.optim import Averager, lr_scale, native_bf16, set_lr
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averager: Averager | None,
+    batches: Iterable[Batch],
+    config: Config,
+    *,
+    epoch: int,
+    start: int,
+    num_batches: int,
+    num_classes: int,
+    rank: int,
+    totals: Totals,
+    augmented: bool,
+    after_step: Callable[[int], bool],
+) -> None:
+    """Run the optimizer steps of one epoch from batch `start` on, adding what it counts to `totals`.
+
+    `model` is the network or its compiled or distributed wrapper. `batches` are this worker's, `augmented` if they come
+    with random changes applied. After each step `after_step(steps done in this epoch)` may end the epoch early by
+    returning True.
+    """
+    model.train()
+    device = totals.sums.device
+    size = epoch_size(config.train, config.data.image_size, epoch)
+    total_steps = config.train.epochs * num_batches
+    seed, parameters = config.train.seed, [p for p in model.parameters() if p.requires_grad]
+    mixing = config.augment.mixup > 0 or config.augment.cutmix > 0
+    micro_batches = config.optim.accumulate
+    for number, batch in enumerate(batches, start):
+        step = epoch * num_batches + number
+        set_lr(optimizer, lr_scale(config.optim, step, total_steps))
+        images, targets = batch.images, batch.labels
+        if not augmented:
+            images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
+        if mixing:
+            images, targets = mix(images, targets, config.augment, num_classes, seed=seed, epoch=epoch, step=step)
+        images = resize(images, size)
+        if config.model.dropout:
+            torch.manual_seed(derive_seed(seed, step, rank, "dropout"))
+        optimizer.zero_grad(set_to_none=True)
+        for part, (some, wanted) in enumerate(
+            zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
+        ):
+            with synchronized_only_if(part == micro_batches - 1, model):
+                with autocast(config.train, device):
+                    logits = model(some)
+                loss = F.cross_entropy(
+                    logits.float(), wanted, reduction="sum", label_smoothing=config.optim.label_smoothing
+                )
+                (loss / len(images)).backward()
+            totals.add(logits, wanted, loss)
+        if config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+        optimizer.step()
+        if averager is not None:
+            averager.update(unwrapped(model), step)
+        if after_step(number + 1):
+            break
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, device: torch.device) -> Totals:
+    """Plain cross-entropy and accuracy over all rows of `batches`, summed over this worker alone."""
+    model.eval()
+    totals = Totals.zeros(device)
+    for batch in batches:
+        # Copies: blocks of the object store are read-only, which torch does not know.
+        images, labels = (torch.tensor(column, device=device) for column in (batch.images, batch.labels))
+        with autocast(config, device):
+            logits = model(images.permute(0, 3, 1, 2))
+        totals.add(logits, labels)
+    return totals
+
+
+def epoch_size(config: TrainConfig, image_size: int, epoch: int) -> int:
+    """Side in pixels at which this epoch trains: `sizes` hold for equal shares of the epochs."""
+    if not config.sizes:
+        return image_size
+    return config.sizes[epoch * len(config.sizes) // config.epochs]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, S, S) in 0..255 -> (B, 3, size, size), float when anything was to do; area-averaged going down."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """bf16 autocast if the config asks for it, or leaves the choice and the processor computes it natively."""
+    wanted = config.precision == "bf16" or (config.precision == "auto" and native_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()  # pyright: ignore[reportReturnType]
+
+
+def synchronized_only_if(last: bool, model: nn.Module) -> AbstractContextManager[None]:
+    """Gradients are summed over the workers once per step, with the last micro-batch."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and torch.compile, whose parameter names carry no prefix."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return getattr(model, "_orig_mod", model)

@@ -1,0 +1,83 @@
+"""A run's folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, model/; local or a URI.
+
+Every file is written whole: a reader sees the old one or the new one.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from cifar.config import Config, ConfigError
+from cifar.data.prepared import Prepared, filesystem, join, write_file
+
+SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
+
+
+class RunDir:
+    def __init__(self, path: str):
+        self.path = path
+
+    def open(self, config: Config, prepared: Prepared) -> None:
+        """Claim the folder for this config and data; ConfigError when it holds another run."""
+        wanted = {"config": config.to_dict(), "fingerprint": prepared.fingerprint, "source": prepared.source}
+        # Where a run is kept and on how many workers it goes on may change; what it computes may not.
+        del wanted["config"]["run"]
+        found = self.read_text("config.json")
+        if found is None:
+            write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
+            return
+        differing = sorted(_differences(json.loads(found), wanted))
+        if differing:
+            raise ConfigError(
+                f"{self.path}: holds a run with another {', '.join(differing[:5])}; "
+                "give the same flags to resume it, or another --name"
+            )
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Rewrite metrics.jsonl and the TensorBoard events from all finished epochs."""
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        write_file(join(self.path, "metrics.jsonl"), lines.encode())
+        with tempfile.TemporaryDirectory() as folder:
+            name = write_events(Path(folder), history)
+            write_file(join(self.path, "tensorboard/events.out.tfevents.run"), (Path(folder) / name).read_bytes())
+
+    def copy_model(self, checkpoint: str, files: fs.FileSystem | None = None) -> str:
+        """Copy the checkpoint's model to `model/`, config.json last, and return its path."""
+        source_files, source = (files, checkpoint) if files is not None else filesystem(checkpoint)
+        names = [info.base_name for info in source_files.get_file_info(fs.FileSelector(f"{source}/model"))]
+        for name in sorted(names, key=lambda name: name == "config.json"):
+            with source_files.open_input_stream(f"{source}/model/{name}") as stream:
+                write_file(join(self.path, f"model/{name}"), stream.read())
+        return join(self.path, "model")
+
+    def read_text(self, name: str) -> str | None:
+        """Text of a file of the folder; None if there is none."""
+        files, path = filesystem(join(self.path, name))
+        try:
+            with files.open_input_stream(path) as stream:
+                return stream.read().decode()
+        except FileNotFoundError:
+            return None
+
+
+def write_events(folder: Path, history: list[dict[str, Any]]) -> str:
+    """Write one TensorBoard event file to the empty `folder` and return its name."""
+    from tensorboardX import SummaryWriter  # only at an epoch's end: its import takes a part of a second
+
+    with SummaryWriter(str(folder), write_to_disk=True) as writer:
+        for row in history:
+            for name in SCALARS:
+                writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+    (path,) = folder.iterdir()
+    return path.name
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> set[str]:
+    """Names of the leaves in which two nested dicts differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = found.keys() | wanted.keys()
+        return set().union(*(_differences(found.get(key), wanted.get(key), key) for key in keys))
+    return set() if found == wanted else {name}

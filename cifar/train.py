@@ -1,0 +1,174 @@
+"""`fit(config)`: the one driver, for a run and for a trial; data in, the run's folder with its best model out."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cifar.cluster import Plan, make_plan, start_ray
+from cifar.config import Config
+from cifar.data import Prepared, prepare
+from cifar.progress import Mailbox, watch
+from cifar.run_dir import RunDir
+
+MAX_FAILURES = 10
+"""Deaths of workers that a run survives; a preempted node does not count."""
+WAITING_SECONDS = 30
+"""After so long without a step the terminal says what the run waits for."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `fit` leaves behind."""
+
+    path: str
+    model: str
+    """Model folder of the best epoch by val accuracy."""
+    prepared: Prepared
+    history: list[dict[str, Any]]
+    train_seconds: float
+    stopped: str
+    """Why training ended."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training broke off; the message says why and what to change."""
+
+
+def fit(config: Config) -> Run:
+    """Prepare the data, train by `config`, and return the finished run; the same config and name resume.
+
+    Ray is started, or joined at $RAY_ADDRESS, unless `--workers 0`. Raises ConfigError for what the user can mend,
+    before anything is trained, and TrainingFailed.
+    """
+    in_process = config.run.workers == "0"
+    with ThreadPoolExecutor(1) as background:
+        # The data is read while Ray's processes start. Not the other way round: they die with the thread that starts
+        # them (PR_SET_PDEATHSIG).
+        being_prepared = background.submit(prepare, config.data)
+        if not in_process:
+            start_ray(config.run.verbose)
+        prepared = being_prepared.result()
+    run_dir = RunDir(f"{absolute(config.run.storage)}/{config.run.name or default_name(config)}")
+    if in_process:
+        from cifar.local import fit_in_process
+
+        summary = fit_in_process(config, prepared, run_dir)
+    else:
+        summary = fit_on_ray(config, prepared, run_dir)
+    return Run(
+        path=run_dir.path,
+        model=f"{run_dir.path}/model",
+        prepared=prepared,
+        history=summary["history"],
+        train_seconds=summary["train_seconds"],
+        stopped=summary["stopped"],
+    )
+
+
+def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
+    """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
+    import ray
+    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from cifar.ray_worker import Blocks, Job, run_worker
+
+    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_size())
+    logger.info("%s", plan)
+    run_dir.open(config, prepared)
+    resident = plan.loader == "resident"
+    job = Job(
+        config=config,
+        prepared=prepared,
+        run_path=run_dir.path,
+        train=Blocks.put(prepared, "train") if resident else None,
+        val=Blocks.put(prepared, "val") if resident else None,
+    )
+    resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
+    # Not TorchTrainer: its backend makes the controller import torch (1.5 s), and needs two round trips to set up the
+    # process group that the workers open themselves.
+    trainer = DataParallelTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        backend_config=BackendConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=(plan.min_workers, plan.max_workers) if plan.elastic else plan.max_workers,
+            use_gpu=bool(plan.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            storage_path=run_dir.path,
+            name="checkpoints",
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
+        ),
+    )
+    with watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingFailed(f"{run_dir.path}: {first_cause(error)}") from error
+    summary = result.return_value
+    if "error" in summary:
+        raise TrainingFailed(summary["error"])
+    best = result.get_best_checkpoint("score", "max")
+    assert best is not None
+    run_dir.copy_model(best.path, best.filesystem)
+    return summary
+
+
+def cluster_size() -> tuple[dict[str, float], float]:
+    """Resources of the whole cluster, and the object store of its smallest node in bytes."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ray.cluster_resources(), min(node.get("object_store_memory", math.inf) for node in nodes)
+
+
+def waiting_for(plan: Plan, ray: Any) -> Callable[[float], str | None]:
+    """What to say to somebody who waits for the first step."""
+    said = False
+
+    def explain(seconds: float) -> str | None:
+        nonlocal said
+        if said or seconds < WAITING_SECONDS:
+            return None
+        said = True
+        free = ray.available_resources()
+        return (
+            f"no step after {seconds:.0f} s: {plan.min_workers} worker(s) want {plan.cpus_per_worker:g} CPU and "
+            f"{plan.gpus_per_worker} GPU each; free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+        )
+
+    return explain
+
+
+def first_cause(error: BaseException) -> str:
+    """The last line of the innermost error of the first worker that failed."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, cause = next(iter(failures.items()))
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"worker {rank} failed: {lines[-1].strip() if lines else cause!r}"
+
+
+def default_name(config: Config) -> str:
+    """The same flags give the same name, so that the same command resumes."""
+    values = config.to_dict()
+    del values["run"]
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
+    data = re.sub(r"[^\w.\-]+", "-", config.data.data.rstrip("/").rsplit("/", 1)[-1]) or "data"
+    return f"{data}-{config.model.model}-{digest}"
+
+
+def absolute(storage: str) -> str:
+    """Workers run in folders of their own, so a relative path would mean another place there."""
+    return storage.rstrip("/") if "://" in storage else os.path.abspath(os.path.expanduser(storage))

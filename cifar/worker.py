@@ -1,0 +1,359 @@
+"""What every training worker does, wherever it runs: under Ray Train, inside a Tune trial, or bare in this process.
+
+The worker gets what differs as its `Context`: rank and world size, device, how to report, the checkpoint to start from,
+the preemption notice. What is written at a step and what is drawn at a step depend on nothing else, so a run that was
+interrupted ends with the weights of one that was not, bit for bit, on the same number of workers and kind of device.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cifar.augment import derive_seed
+from cifar.config import Config
+from cifar.data.loader import Batch, Loader
+from cifar.data.prepared import Arrays, Prepared
+from cifar.loop import evaluate, train_epoch
+from cifar.metrics import Totals
+from cifar.model_dir import ModelInfo, save_model
+from cifar.models import Classifier, build_model
+from cifar.optim import Averager, build_averager, build_optimizer
+
+AGREE_STEPS = 16
+"""Steps between the points where several workers agree on stopping; asking at each step would cost a round trip."""
+SHOW_SECONDS = 0.5
+WHITENING_SAMPLE = 2000
+"""Images whose patches set the first layer of `cnn`: 2 million patches of 12 numbers fix a 12 x 12 covariance."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and what to change."""
+
+
+class Context(Protocol):
+    rank: int
+    world_size: int
+    device: torch.device
+    checkpoint: Path | None
+    """Local folder of the checkpoint to start from."""
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        """Hand over a report; all workers call it equally often. The checkpoint's folder is then the receiver's."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether a node of this run will be taken away; all workers call it equally often."""
+        ...
+
+    def progress(self, values: dict[str, Any]) -> None:
+        """Show where the run is; rank 0 only, cheap, may be dropped."""
+        ...
+
+    def history(self, rows: list[dict[str, Any]]) -> None:
+        """Show and keep the finished epochs' metrics; rank 0 only."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Position:
+    """Where a run is; goes into the checkpoint beside the tensors."""
+
+    epoch: int = 0
+    step: int = 0
+    """Optimizer steps done in this epoch."""
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Loss, correct and count of this epoch so far, over all workers."""
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    train_seconds: float = 0.0
+    """Wall time of training, validation and checkpoints, over all attempts."""
+    best_accuracy: float = -1.0
+    epochs_without_gain: int = 0
+    stopped: str = ""
+    """Why training ended, or empty while it goes on."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    """The tensors that a step changes."""
+
+    network: Classifier
+    model: nn.Module
+    """The network, or its compiled or distributed wrapper."""
+    optimizer: torch.optim.Optimizer
+    averager: Averager | None
+
+    @property
+    def evaluated(self) -> Classifier:
+        """The network whose accuracy counts: the averaged one where there is one."""
+        return self.network if self.averager is None else self.averager.model  # pyright: ignore[reportReturnType]
+
+
+def train_worker(
+    config: Config,
+    prepared: Prepared,
+    context: Context,
+    make_loader: Callable[[Context], Loader],
+    val_batches: Callable[[Context], Iterable[Arrays]],
+    augmented: bool = False,
+) -> dict[str, Any]:
+    """Train to the end of the config, reporting each epoch; returns what the run comes to.
+
+    `make_loader` gives this worker's training batches (`augmented` if random changes are applied already), and
+    `val_batches` its share of val, anew at each call. Raises NonFiniteLoss, on all workers at the same step.
+    """
+    loader = make_loader(context)
+    training = build_training(config, prepared, loader, context)
+    position = Position()
+    if context.checkpoint is not None:
+        position = load_checkpoint(context.checkpoint, training)
+        if context.rank == 0:
+            context.history(position.history)
+    worker = Worker(config, prepared, context, training, position, loader.num_batches)
+    while position.epoch < config.train.epochs and not position.stopped:
+        batches = loader.epoch(position.epoch, position.step)
+        train_result = worker.train_epoch(batches, augmented)
+        val_result = worker.evaluate(val_batches(context))
+        worker.finish_epoch(train_result, val_result)
+        worker.report_epoch()
+    return {
+        "epochs": len(position.history),
+        "stopped": position.stopped or "all epochs done",
+        "train_seconds": position.train_seconds,
+        "history": position.history,
+    }
+
+
+class Worker:
+    """One worker's run: the verbs of `train_worker`, and what happens between two steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        context: Context,
+        training: Training,
+        position: Position,
+        num_batches: int,
+    ):
+        self.config, self.prepared, self.context = config, prepared, context
+        self.training, self.position, self.num_batches = training, position, num_batches
+        self.totals = Totals.zeros(context.device)
+        self._run_started_at = time.perf_counter() - position.train_seconds
+        self._epoch_started_at, self._shown_at = 0.0, 0.0
+        self._first_step, self._seconds = 0, 0.0
+        self._out_of_time, self._warned = False, False
+        # Alone and on a CPU, asking costs nothing, so that the very step at which the loss breaks is named.
+        self._agree_steps = 1 if context.world_size == 1 and context.device.type == "cpu" else AGREE_STEPS
+
+    def train_epoch(self, batches: Iterable[Batch], augmented: bool) -> dict[str, float]:
+        """The steps that are left of the epoch; loss and accuracy over all workers."""
+        position, training = self.position, self.training
+        self.totals = Totals.zeros(self.context.device)
+        if self.context.rank == 0:
+            self.totals.sums += torch.tensor(position.sums, dtype=self.totals.sums.dtype)
+        self._first_step = position.step
+        self._epoch_started_at = time.perf_counter()
+        train_epoch(
+            training.model,
+            training.optimizer,
+            training.averager,
+            batches,
+            self.config,
+            epoch=position.epoch,
+            start=position.step,
+            num_batches=self.num_batches,
+            num_classes=len(self.prepared.classes),
+            rank=self.context.rank,
+            totals=self.totals,
+            augmented=augmented,
+            after_step=self._after_step,
+        )
+        self.totals.all_reduce()
+        self._require_finite(self.totals.sums)
+        result = self.totals.result()
+        self._seconds = time.perf_counter() - self._epoch_started_at
+        return result
+
+    def evaluate(self, batches: Iterable[Arrays]) -> dict[str, float]:
+        """Loss, accuracy and count over all workers' shares of val."""
+        share_buffers(self.training.network)
+        totals = evaluate(self.training.evaluated, batches, self.config.train, self.context.device)
+        totals.all_reduce()
+        return totals.result()
+
+    def finish_epoch(self, train_result: dict[str, float], val_result: dict[str, float]) -> None:
+        """Move on to the next epoch, or decide that there is none."""
+        position, train = self.position, self.config.train
+        gained = val_result["accuracy"] > position.best_accuracy
+        position.epochs_without_gain = 0 if gained else position.epochs_without_gain + 1
+        position.best_accuracy = max(position.best_accuracy, val_result["accuracy"])
+        if train.patience and position.epochs_without_gain >= train.patience:
+            position.stopped = f"no better val accuracy for {train.patience} epochs (--patience)"
+        if self._out_of_time:
+            position.stopped = f"time budget spent (--max-minutes {train.max_minutes:g})"
+        position.train_seconds = time.perf_counter() - self._run_started_at
+        images = (position.step - self._first_step) * train.batch_size
+        row = {
+            "epoch": position.epoch + 1,
+            "step": position.epoch * self.num_batches + position.step,
+            "train_loss": train_result["loss"],
+            "train_accuracy": train_result["accuracy"],
+            "val_loss": val_result["loss"],
+            "val_accuracy": val_result["accuracy"],
+            "val_count": val_result["count"],
+            "lr": self.training.optimizer.param_groups[0]["lr"],
+            "images_per_second": images / self._seconds,
+            "seconds": self._seconds,
+            "train_seconds": position.train_seconds,
+        }
+        position.history.append(row)
+        position.epoch, position.step, position.sums = position.epoch + 1, 0, (0.0, 0.0, 0.0)
+
+    def report_epoch(self) -> None:
+        row = self.position.history[-1]
+        if self.context.rank == 0:
+            self.context.history(self.position.history)
+        self._report(row | {"score": row["val_accuracy"]})
+
+    def _after_step(self, steps_done: int) -> bool:
+        """Called after each optimizer step, on all workers alike; True ends the epoch early."""
+        self.position.step = steps_done
+        if self.context.rank == 0:
+            self._show_progress()
+        if steps_done == self.num_batches:
+            return False
+        if steps_done % self._agree_steps == 0:
+            self._agree()
+        every = self.config.train.checkpoint_steps
+        if every and steps_done % every == 0:
+            self._checkpoint()
+        return self._out_of_time
+
+    def _agree(self) -> None:
+        """Stop, fail or save at the same step everywhere: workers that disagree would wait for each other for ever."""
+        budget = self.config.train.max_minutes * 60
+        out_of_time = bool(budget) and time.perf_counter() - self._run_started_at >= budget
+        seen = torch.stack([self.totals.sums[0], self.totals.sums.new_tensor(float(out_of_time))])
+        if self.context.world_size > 1:
+            dist.all_reduce(seen)
+        self._require_finite(seen)
+        self._out_of_time = bool(budget) and seen[1].item() > 0
+        if self.position.step % AGREE_STEPS == 0 and self.context.preempted() and not self._warned:
+            self._warned = True
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """In mid-epoch: what has no val accuracy yet never counts as the best."""
+        position, totals = self.position, Totals(self.totals.sums.clone())
+        totals.all_reduce()
+        self._require_finite(totals.sums)
+        loss, correct, count = totals.sums.tolist()
+        position.sums = loss, correct, count
+        position.train_seconds = time.perf_counter() - self._run_started_at
+        self._report({"epoch": position.epoch + 1, "step": position.step, "score": -1.0})
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        checkpoint = None
+        if self.context.rank == 0:
+            checkpoint = save_checkpoint(self.config, self.prepared, self.training, self.position)
+        self.context.report(metrics, checkpoint)
+
+    def _require_finite(self, sums: Tensor) -> None:
+        """Raise NonFiniteLoss if a sum is not a number any more. Waits for the device."""
+        if not bool(sums.isfinite().all()):
+            step = self.position.epoch * self.num_batches + self.position.step
+            raise NonFiniteLoss(
+                f"the loss is not finite after step {step} (epoch {self.position.epoch + 1}); lower --lr "
+                f"(now {self.config.optim.lr:g}), add --warmup 0.1 or --clip-norm 1, or use --precision fp32"
+            )
+
+    def _show_progress(self) -> None:
+        now = time.perf_counter()
+        if now - self._shown_at < SHOW_SECONDS:
+            return
+        self._shown_at = now
+        loss, correct, count = self.totals.sums.tolist()  # of rank 0 alone; waits for the device
+        steps = self.position.step - self._first_step
+        self.context.progress(
+            {
+                "epoch": self.position.epoch + 1,
+                "epochs": self.config.train.epochs,
+                "step": self.position.step,
+                "steps": self.num_batches,
+                "train_loss": loss / max(count, 1),
+                "train_accuracy": correct / max(count, 1),
+                "images_per_second": steps * self.config.train.batch_size / (now - self._epoch_started_at),
+                "train_seconds": now - self._run_started_at,
+            }
+        )
+
+
+def build_training(config: Config, prepared: Prepared, loader: Loader, context: Context) -> Training:
+    """Network, optimizer and average at step 0; rank 0's weights are everyone's."""
+    torch.manual_seed(derive_seed(config.train.seed, "weights"))
+    network = build_model(config, len(prepared.classes), prepared.mean, prepared.std).to(context.device)
+    network.init_from(loader.sample(WHITENING_SAMPLE))
+    if context.world_size > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+    averager = build_averager(network, config.optim)
+    model: nn.Module = network
+    if config.train.compile:
+        model = torch.compile(network)  # pyright: ignore[reportAssignmentType]
+    if context.world_size > 1:
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = build_optimizer(network, config.optim, config.train.batch_size)
+    return Training(network=network, model=model, optimizer=optimizer, averager=averager)
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give all workers rank 0's batch norm statistics, so that they evaluate one model."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def save_checkpoint(config: Config, prepared: Prepared, training: Training, position: Position) -> Path:
+    """Write `model/`, `state.pt` and `position.json` to a new local folder, and return it."""
+    folder = Path(tempfile.mkdtemp(prefix="cifar-checkpoint-"))
+    metrics = dict(position.history[-1]) if position.history else {}
+    save_model(folder / "model", training.evaluated, model_info(config, prepared), metrics)
+    state = {
+        "network": training.network.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "averager": training.averager.state_dict() if training.averager else {},
+    }
+    torch.save(state, folder / "state.pt")
+    (folder / "position.json").write_text(json.dumps(dataclasses.asdict(position)))
+    return folder
+
+
+def load_checkpoint(folder: Path, training: Training) -> Position:
+    """Put the checkpoint's tensors in place and return its position; reads no pickled code."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    training.network.load_state_dict(state["network"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    if training.averager is not None:
+        training.averager.load_state_dict(state["averager"])
+    values = json.loads((folder / "position.json").read_text())
+    return Position(**values | {"sums": tuple(values["sums"])})
+
+
+def model_info(config: Config, prepared: Prepared) -> ModelInfo:
+    return ModelInfo(
+        config=config,
+        classes=prepared.classes,
+        mean=prepared.mean,
+        std=prepared.std,
+        fingerprint=prepared.fingerprint,
+        source=prepared.source,
+    )

@@ -1,0 +1,74 @@
+"""The config validates at construction, survives JSON, and names the flag that is wrong."""
+
+import dataclasses
+import json
+
+import pytest
+
+from cifar.config import (
+    AugmentConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from cifar.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json(name: str) -> None:
+    config = RECIPES[name]()
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_field_names_are_unique_over_the_groups() -> None:
+    """The command line flattens them."""
+    groups = (DataConfig, AugmentConfig, ModelConfig, OptimConfig, TrainConfig, RunConfig)
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "flag"),
+    [
+        (DataConfig, {"max_bad": 1.5}, "--max-bad 1.5"),
+        (DataConfig, {"image_size": 4}, "--image-size 4"),
+        (AugmentConfig, {"zoom": 1.0}, "--zoom 1.0"),
+        (ModelConfig, {"widths": ()}, "--widths"),
+        (OptimConfig, {"lr": float("nan")}, "--lr nan"),
+        (TrainConfig, {"epochs": 0}, "--epochs 0"),
+        (RunConfig, {"workers": "4:1"}, "--workers 4:1"),
+        (RunConfig, {"workers": "two"}, "--workers two"),
+        (RunConfig, {"workers": "0:2"}, "--workers 0:2"),
+        (RunConfig, {"name": "../up"}, "--name"),
+    ],
+)
+def test_bad_value_names_its_flag(group: type, values: dict[str, object], flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag}"):
+        group(**values)
+
+
+def test_batch_must_divide_into_micro_batches() -> None:
+    with pytest.raises(ConfigError, match=r"--batch-size 500.*--accumulate 3"):
+        Config(optim=OptimConfig(accumulate=3))
+
+
+def test_unknown_and_missing_keys_are_refused() -> None:
+    values = Config().to_dict()
+    values["train"]["lr_finder"] = True
+    with pytest.raises(ConfigError, match="lr_finder"):
+        Config.from_dict(values)
+    values = Config().to_dict()
+    del values["optim"]["lr"]
+    with pytest.raises(ConfigError, match="lr"):
+        Config.from_dict(values)
+
+
+def test_wrong_type_is_refused() -> None:
+    values = Config().to_dict()
+    values["train"]["epochs"] = "8"
+    with pytest.raises(ConfigError, match=r"train\.epochs"):
+        Config.from_dict(values)

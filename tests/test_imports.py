@@ -1,0 +1,87 @@
+"""Imports point one way, and what must run without Ray does."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("cifar", "jobs")
+    for path in (ROOT / folder).rglob("*.py")
+}
+# Lower layers never import higher ones; modules of one layer may import each other.
+LAYERS = [
+    {"config"},
+    {"augment", "models", "optim", "metrics"},
+    {"data", "loop", "model_dir"},
+    {"cluster", "progress", "run_dir", "worker", "predictor"},
+    {"local", "ray_worker", "evaluate"},
+    {"train", "report"},
+    {"recipes", "cli"},
+]
+WITHOUT_RAY = [
+    "config",
+    "augment",
+    "models",
+    "optim",
+    "metrics",
+    "loop",
+    "model_dir",
+    "worker",
+    "predictor",
+    "evaluate",
+]
+TRAINING, ANSWERING = {"train", "local", "ray_worker", "worker"}, {"predictor", "evaluate", "report"}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+    return found
+
+
+def layer(part: str) -> int:
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("cifar.")])
+def test_imports_point_down(module: str) -> None:
+    part = module.split(".")[1]
+    for name in imported(MODULES[module]):
+        assert not name.startswith("jobs"), f"{module} imports {name}"
+        if name.startswith("cifar."):
+            other = name.split(".")[1]
+            assert layer(other) <= layer(part), f"{module} imports {name}, which is above it"
+            assert not (part in TRAINING and other in ANSWERING), f"{module} trains and must not import {name}"
+            assert not (part in ANSWERING and other in TRAINING), f"{module} answers and must not import {name}"
+
+
+@pytest.mark.parametrize("job", [name for name in MODULES if name.startswith("jobs.")])
+def test_jobs_import_the_library_and_no_other_job(job: str) -> None:
+    assert not any(name.startswith("jobs") for name in imported(MODULES[job]))
+
+
+def test_torch_side_runs_without_ray() -> None:
+    names = ", ".join(f"cifar.{name}" for name in WITHOUT_RAY)
+    code = f"import sys; sys.modules['ray'] = None; import {names}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_importing_the_package_has_no_side_effects(tmp_path: Path) -> None:
+    """No folder, no Ray, no change of the environment."""
+    names = ", ".join(name for name in MODULES if name != "cifar")
+    code = (
+        f"import os, sys; before = dict(os.environ); sys.path.insert(0, {str(ROOT)!r}); import {names}; import ray; "
+        "assert not ray.is_initialized(); assert {k: v for k, v in os.environ.items() if k in before} == before; "
+        "assert os.listdir('.') == []"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

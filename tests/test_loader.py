@@ -1,0 +1,113 @@
+"""Both loaders give every row once an epoch, in an order that only (seed, epoch, rank, workers) decide."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from cifar.augment import augment
+from cifar.config import AugmentConfig, Config, ConfigError
+from cifar.data import Prepared
+from cifar.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream, share
+from cifar.data.prepared import to_arrays
+from cifar.data.stream import augment_table
+
+COLUMNS = ["image", "label", "index"]
+
+
+def make(prepared: Prepared, kind: str, rank: int = 0, world_size: int = 1, batch_size: int = 44) -> Loader:
+    common = {
+        "batch_size": batch_size,
+        "seed": 3,
+        "rank": rank,
+        "world_size": world_size,
+        "device": torch.device("cpu"),
+    }
+    if kind == "streaming":
+        return StreamingLoader(prepared, read_stream(prepared), epochs=5, **common)
+    total = prepared.counts["train"]
+    start, stop = share(total, rank, world_size)
+    return ResidentLoader(prepared.table("train", COLUMNS).slice(start, stop - start), total=total, **common)
+
+
+def indices(batches: Iterable[Batch]) -> list[int]:
+    return [index for batch in batches for index in batch.indices.tolist()]
+
+
+kinds = pytest.mark.parametrize("kind", ["resident", "streaming"])
+
+
+@kinds
+def test_an_epoch_has_every_row_once_with_its_own_image_and_label(prepared: Prepared, kind: str) -> None:
+    arrays = to_arrays(prepared.table("train", COLUMNS))
+    row_of = {index: row for row, index in enumerate(arrays.indices.tolist())}
+    loader = make(prepared, kind)
+    seen = []
+    for batch in loader.epoch(0):
+        assert batch.images.shape == (44, 3, 16, 16)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for image, label, index in zip(*batch, strict=True):
+            row = row_of[int(index)]
+            assert label == arrays.labels[row]
+            assert (image.permute(1, 2, 0).numpy() == arrays.images[row]).all()
+            seen.append(int(index))
+    assert sorted(seen) == sorted(row_of)
+
+
+@kinds
+def test_the_order_changes_with_the_epoch_and_repeats_with_the_seed(prepared: Prepared, kind: str) -> None:
+    first, again = make(prepared, kind), make(prepared, kind)
+    orders = [indices(first.epoch(epoch)) for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert [indices(again.epoch(epoch)) for epoch in range(3)] == orders
+
+
+@kinds
+def test_starting_in_the_middle_gives_the_rest(prepared: Prepared, kind: str) -> None:
+    whole = indices(make(prepared, kind).epoch(2))
+    assert indices(make(prepared, kind).epoch(2, start=4)) == whole[4 * 44 :]
+
+
+@kinds
+def test_workers_get_equal_disjoint_shares(prepared: Prepared, kind: str) -> None:
+    shares = [make(prepared, kind, rank, 2) for rank in range(2)]
+    seen = [indices(loader.epoch(1)) for loader in shares]
+    assert len(seen[0]) == len(seen[1]) == 198
+    assert len({*seen[0], *seen[1]}) == 396
+
+
+@kinds
+def test_a_batch_larger_than_the_data_is_refused(prepared: Prepared, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"--batch-size 400.*396 images.*--batch-size 396"):
+        make(prepared, kind, batch_size=400)
+
+
+def test_streaming_mixes_rows_of_different_groups(prepared: Prepared) -> None:
+    """With a window as large as the set, neighbours in the file do not stay neighbours."""
+    order = torch.tensor(indices(make(prepared, "streaming").epoch(0)))
+    assert (order.diff().abs() == 1).float().mean() < 0.05
+
+
+def test_a_stream_left_early_starts_afresh(prepared: Prepared) -> None:
+    loader = make(prepared, "streaming")
+    whole = indices(make(prepared, "streaming").epoch(1))
+    next(iter(loader.epoch(0)))
+    assert indices(loader.epoch(1)) == whole
+
+
+def test_evaluation_batches_hold_every_row_in_order(prepared: Prepared) -> None:
+    table = prepared.table("val", COLUMNS)
+    assert [i for batch in in_batches(table) for i in batch.indices] == table.column("index").to_pylist()
+
+
+def test_augmented_by_the_data_stage_or_by_the_worker_is_the_same(prepared: Prepared, config: Config) -> None:
+    every = AugmentConfig(cutout=4, rotate=10, shift=0.1, shear=5, zoom=0.1, policy="trivial")
+    table = prepared.table("train", COLUMNS).slice(3, 50)
+    changed = to_arrays(augment_table(table, every, seed=7, epoch=2))
+    for batch in make(prepared, "resident").epoch(2):
+        expected = augment(batch.images, batch.indices, every, seed=7, epoch=2)
+        for image, index in zip(expected, batch.indices.tolist(), strict=True):
+            (rows,) = (changed.indices == index).nonzero()
+            for row in rows:
+                assert (image.permute(1, 2, 0).numpy() == changed.images[row]).all()

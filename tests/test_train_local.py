@@ -1,0 +1,186 @@
+"""Runs in this process: what a run leaves behind, how it ends, and that it resumes to the same bits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cifar.config import Config, ConfigError
+from cifar.local import LocalContext
+from cifar.loop import epoch_size, resize
+from cifar.model_dir import load_model
+from cifar.train import Run, default_name, fit
+from cifar.worker import NonFiniteLoss
+
+
+class Interrupted(Exception):
+    pass
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(f"{run.model}/model.safetensors")
+
+
+def assert_same_weights(one: Run, other: Run) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def named(config: Config, name: str, **train: Any) -> Config:
+    return replace(config, run=replace(config.run, name=name), train=replace(config.train, **train))
+
+
+def test_a_run_learns_and_leaves_its_folder(here: Config) -> None:
+    run = fit(here)
+    folder = Path(run.path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["step"] == 27
+    assert all(row["val_count"] == 44 for row in rows)
+    assert rows[-1]["val_accuracy"] > 0.9, "four colours are easy"
+    assert run.history == rows
+    assert run.train_seconds == rows[-1]["train_seconds"] > 0
+    assert list((folder / "tensorboard").iterdir())
+    model = load_model(run.model)
+    assert model.info.config == here
+    assert model.metrics["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+    assert 1 <= len(list((folder / "checkpoints").iterdir())) <= 2, "the best and the last"
+
+
+def test_tensorboard_reads_the_events(here: Config) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = fit(here)
+    events = event_accumulator.EventAccumulator(f"{run.path}/tensorboard")
+    events.Reload()
+    values = [event.value for event in events.Scalars("val/accuracy")]
+    assert values == pytest.approx([row["val_accuracy"] for row in run.history])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c,
+        lambda c: replace(c, optim=replace(c.optim, optimizer="muon", lr=0.1, average="ema", average_decay=0.9)),
+        lambda c: replace(c, optim=replace(c.optim, optimizer="sgd", lr=0.02, average="lookahead", accumulate=2)),
+        lambda c: replace(c, model=replace(c.model, model="notebook", dropout=0.3)),
+        lambda c: replace(c, augment=replace(c.augment, mixup=0.4, cutmix=1.0, policy="trivial")),
+        lambda c: replace(c, train=replace(c.train, loader="streaming")),
+    ],
+    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming"],
+)
+def test_interrupted_twice_ends_with_the_same_bits(
+    here: Config, change: Callable[[Config], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after a checkpoint in mid-epoch and right after the one of an epoch."""
+    config = change(replace(here, train=replace(here.train, checkpoint_steps=4)))
+    whole = fit(named(config, "whole"))
+    report = LocalContext.report
+    reports = 0
+
+    def report_and_die(self: LocalContext, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        nonlocal reports
+        report(self, metrics, checkpoint)
+        reports += 1
+        if reports in (2, 4):
+            raise Interrupted
+
+    monkeypatch.setattr(LocalContext, "report", report_and_die)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            fit(named(config, "pieces"))
+    pieces = fit(named(config, "pieces"))
+    assert_same_weights(whole, pieces)
+    timeless = [
+        [
+            {key: row[key] for key in ("epoch", "step", "val_loss", "val_accuracy", "train_accuracy")}
+            for row in run.history
+        ]
+        for run in (whole, pieces)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_another_seed_gives_other_weights(here: Config) -> None:
+    one, other = fit(named(here, "a")), fit(named(here, "b", seed=1))
+    assert not torch.equal(weights(one)["network.head.weight"], weights(other)["network.head.weight"])
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(here: Config) -> None:
+    first, second = fit(here), fit(here)
+    assert second.history == first.history
+    assert_same_weights(first, second)
+
+
+def test_another_config_under_the_same_name_is_refused(here: Config) -> None:
+    fit(named(here, "taken"))
+    with pytest.raises(ConfigError, match=r"taken.*epochs.*--name"):
+        fit(named(here, "taken", epochs=4))
+
+
+def test_time_budget_ends_cleanly_with_a_model(here: Config) -> None:
+    run = fit(named(here, "short", epochs=1000, max_minutes=0.02))
+    assert run.stopped.startswith("time budget spent")
+    assert 1.2 <= run.train_seconds < 30
+    assert len(run.history) < 1000
+    load_model(run.model)
+
+
+def test_patience_stops_early_and_keeps_the_best(here: Config) -> None:
+    run = fit(named(here, "patient", epochs=200, patience=2))
+    accuracies = [row["val_accuracy"] for row in run.history]
+    assert run.stopped.startswith("no better val accuracy")
+    assert len(accuracies) < 200
+    assert accuracies.index(max(accuracies)) == len(accuracies) - 3
+    assert load_model(run.model).metrics["val_accuracy"] == max(accuracies)
+
+
+def test_broken_loss_names_step_and_remedy(here: Config) -> None:
+    config = replace(here, optim=replace(here.optim, optimizer="sgd", lr=1e20))
+    with pytest.raises(NonFiniteLoss, match=r"after step [1-9] .*--lr"):
+        fit(config)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "muon"])
+def test_every_optimizer_learns(here: Config, optimizer: str) -> None:
+    lr = {"sgd": 0.02, "muon": 0.1}.get(optimizer, 0.005)
+    run = fit(replace(here, optim=replace(here.optim, optimizer=optimizer, lr=lr, clip_norm=5.0)))
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+
+
+def test_micro_batches_do_the_step_of_the_whole_batch(here: Config) -> None:
+    """Without batch norm's dependence on the batch there would be no difference; with it, losses stay close."""
+    one = fit(named(here, "one"))
+    two = fit(replace(named(here, "two"), optim=replace(here.optim, accumulate=2)))
+    assert two.history[0]["step"] == one.history[0]["step"]
+    assert two.history[-1]["train_loss"] == pytest.approx(one.history[-1]["train_loss"], rel=0.5)
+
+
+def test_sizes_hold_for_equal_shares_of_the_epochs(here: Config) -> None:
+    train = replace(here.train, epochs=5, sizes=(8, 12, 16))
+    assert [epoch_size(train, 16, epoch) for epoch in range(5)] == [8, 8, 12, 12, 16]
+    images = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    torch.testing.assert_close(resize(images, 12), torch.full((2, 3, 12, 12), 100.0))
+    assert resize(images, 16) is images
+    assert len(fit(named(here, "sizes", sizes=(8, 16))).history) == 3
+
+
+def test_default_name_is_that_of_the_same_command() -> None:
+    config = Config()
+    moved = replace(config, run=replace(config.run, storage="/elsewhere", workers="2"))
+    assert default_name(config) == default_name(moved)
+    assert default_name(config) != default_name(replace(config, train=replace(config.train, seed=1)))
+    assert default_name(config).startswith("cifar10-cnn-")
+
+
+def test_flags_that_need_ray_are_refused_in_process(here: Config) -> None:
+    with pytest.raises(ConfigError, match="--augment-on data"):
+        fit(replace(here, augment=replace(here.augment, augment_on="data")))
+    with pytest.raises(ConfigError, match="--storage"):
+        fit(replace(here, run=replace(here.run, storage="s3://bucket/runs")))
