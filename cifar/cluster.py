@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
@@ -73,7 +74,7 @@ class Plan:
         return f"plan: {count} worker{plural} holding {holds} each, {self.loader} data ({self.reason})"
 
 
-def make_plan(config: Config, data_bytes: int, resources: dict[str, float], store_bytes: float) -> Plan:
+def make_plan(config: Config, data_bytes: int, resources: Mapping[str, float], store_bytes: float) -> Plan:
     """Plan a run over `data_bytes` of decoded train and val on a cluster's `resources` (CPU and GPU, whole cluster).
 
     `store_bytes` is the object store of the smallest node. Raises ConfigError for a plan that could never be scheduled,

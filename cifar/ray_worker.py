@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from cifar.data.prepared import Arrays, Prepared
 from cifar.data.stream import ray_stream
 from cifar.progress import Mailbox
 from cifar.run_dir import RunDir
-from cifar.worker import NonFiniteLoss, train_worker
+from cifar.worker import Context, NonFiniteLoss, train_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Blocks:
     second run repeats, through an actor that takes 2.5 s to start.
     """
 
-    refs: list["ray.ObjectRef[pa.Table]"]
+    refs: Sequence[Any]
+    """References to the blocks."""
     rows: list[int]
 
     @classmethod
@@ -52,7 +53,8 @@ class Blocks:
         for ref, rows in zip(self.refs, self.rows, strict=True):
             low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:
-                tables.append(ray.get(ref).slice(low, high - low))
+                table: Any = ray.get(ref)
+                tables.append(table.slice(low, high - low))
             first += rows
         return pa.concat_tables(tables)
 
@@ -68,17 +70,22 @@ class Job:
     """None: streamed."""
     val: Blocks | None
 
-    def loader(self, context: "RayContext") -> Loader:
+    def loader(self, context: Context) -> Loader:
         config, prepared = self.config, self.prepared
-        place = {"rank": context.rank, "world_size": context.world_size, "device": context.device}
-        common = {"batch_size": config.train.batch_size, "seed": config.train.seed} | place
+        common: dict[str, Any] = {
+            "batch_size": config.train.batch_size,
+            "seed": config.train.seed,
+            "rank": context.rank,
+            "world_size": context.world_size,
+            "device": context.device,
+        }
         if self.train is None:
             stream = ray_stream(prepared, config.augment, config.train.seed)
             return StreamingLoader(prepared, stream, epochs=config.train.epochs, **common)
         total = prepared.counts["train"]
         return ResidentLoader(self.train.read(*share(total, context.rank, context.world_size)), total=total, **common)
 
-    def val_batches(self, context: "RayContext") -> Iterator[Arrays]:
+    def val_batches(self, context: Context) -> Iterator[Arrays]:
         total, rank, world_size = self.prepared.counts["val"], context.rank, context.world_size
         if self.val is None:
             return self.prepared.batches("val", EVALUATION_BATCH, rank, world_size)

@@ -5,6 +5,8 @@ Every file is written whole: a reader sees the old one or the new one.
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,33 @@ class RunDir:
                 return stream.read().decode()
         except FileNotFoundError:
             return None
+
+
+@contextmanager
+def local_model(path: str) -> Iterator[Path]:
+    """A model folder as a local one: itself, or a copy of what a URI holds for as long as the block runs."""
+    if "://" not in path:
+        yield Path(path)
+        return
+    files, root = filesystem(path)
+    with tempfile.TemporaryDirectory() as folder:
+        for info in files.get_file_info(fs.FileSelector(root)):
+            with files.open_input_stream(info.path) as stream:
+                (Path(folder) / info.base_name).write_bytes(stream.read())
+        yield Path(folder)
+
+
+@contextmanager
+def writable(path: str) -> Iterator[Path]:
+    """A local folder to write into: `path` itself, or one that goes to the URI when the block ends."""
+    if "://" not in path:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in Path(folder).rglob("*"):
+            if file.is_file():
+                write_file(join(path, file.relative_to(folder).as_posix()), file.read_bytes())
 
 
 def write_events(folder: Path, history: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
             result = trainer.fit()
         except TrainingFailedError as error:
             raise TrainingFailed(f"{run_dir.path}: {first_cause(error)}") from error
-    summary = result.return_value
+    summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise TrainingFailed(summary["error"])
     best = result.get_best_checkpoint("score", "max")
@@ -126,7 +126,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
     return summary
 
 
-def cluster_size() -> tuple[dict[str, float], float]:
+def cluster_size() -> tuple[Mapping[str, float], float]:
     """Resources of the whole cluster, and the object store of its smallest node in bytes."""
     import ray
 

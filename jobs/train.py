@@ -1,4 +1,4 @@
-"""One training run: data in, a run's folder with model and report out. The same command again resumes."""
+"""One training run: images in, a run's folder with model and report out: python jobs/train.py --data cifar10"""
 
 import sys
 from collections.abc import Sequence
@@ -10,19 +10,25 @@ from cifar.recipes import RECIPES
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train a network on images, evaluate the best epoch on the test split, and write the report."""
+    """Train a network on images, evaluate its best epoch on test, and write the report. The same command resumes."""
+    # Not above: --help needs neither Ray nor torch.
     from cifar.train import fit
 
     run = fit(config)
-    from cifar.evaluate import evaluate
+    from cifar.evaluate import evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import write_report
+    from cifar.run_dir import local_model, writable
 
-    evaluation = evaluate(Predictor(run.model), run.prepared, split="test")
-    report = write_report(run.path, evaluation, history=run.history, command=command_line())
-    print(f"test accuracy {evaluation.accuracy:.4f} on {evaluation.count} images, {run.stopped}")
-    print(f"model {run.model}\nreport {report}")
-    return {"run": run.path, "model": run.model, "report": str(report), "accuracy": evaluation.accuracy}
+    with local_model(run.model) as model, writable(run.path) as folder:
+        evaluation = evaluate(Predictor(model), run.prepared, split="test")
+        write_report(folder, evaluation, history=run.history, command=command_line())
+    low, high = evaluation.accuracy_ci95
+    print(f"{run.stopped}: {len(run.history)} epochs in {run.train_seconds:.1f} s")
+    print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} test images")
+    print(f"model: {run.model}")
+    print(f"report: {run.path}/report.html")
+    return to_dict(evaluation) | {"run": run.path, "model": run.model, "report": f"{run.path}/report.html"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

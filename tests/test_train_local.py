@@ -14,6 +14,7 @@ from cifar.config import Config, ConfigError
 from cifar.local import LocalContext
 from cifar.loop import epoch_size, resize
 from cifar.model_dir import load_model
+from cifar.run_dir import local_model, writable
 from cifar.train import Run, default_name, fit
 from cifar.worker import NonFiniteLoss
 
@@ -184,3 +185,36 @@ def test_flags_that_need_ray_are_refused_in_process(here: Config) -> None:
         fit(replace(here, augment=replace(here.augment, augment_on="data")))
     with pytest.raises(ConfigError, match="--storage"):
         fit(replace(here, run=replace(here.run, storage="s3://bucket/runs")))
+
+
+def test_preemption_notice_writes_one_checkpoint_at_once(here: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In mid-epoch, and no second one for the same notice; it never counts as the best."""
+    reported: list[dict[str, Any]] = []
+    report = LocalContext.report
+
+    def record(self: LocalContext, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        reported.append(metrics)
+        report(self, metrics, checkpoint)
+
+    monkeypatch.setattr(LocalContext, "report", record)
+    monkeypatch.setattr(LocalContext, "preempted", lambda self: True)
+    fit(named(here, "notice", batch_size=12, epochs=1))  # 33 steps
+    assert [(metrics["step"], metrics["score"] < 0) for metrics in reported] == [(16, True), (33, False)]
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_and_loads(here: Config) -> None:
+    run = fit(named(here, "compiled", compile=True, epochs=1))
+    assert load_model(run.model).info.config.train.compile
+
+
+def test_a_uri_gets_what_is_written_and_gives_it_back(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/far"
+    with writable(f"{uri}/run") as folder:
+        (folder / "figures").mkdir()
+        (folder / "figures/one.png").write_bytes(b"png")
+        (folder / "model").mkdir()
+        (folder / "model/config.json").write_text("{}")
+    assert (tmp_path / "far/run/figures/one.png").read_bytes() == b"png"
+    with local_model(f"{uri}/run/model") as folder:
+        assert (folder / "config.json").read_text() == "{}"

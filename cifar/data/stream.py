@@ -26,7 +26,7 @@ def ray_stream(
     def open_stream(ahead: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
         import ray.data
 
-        def load(item: dict[str, Any]) -> pa.Table:
+        def load(item: Any) -> pa.Table:
             epoch, rows = ahead[int(item["id"][0])]
             table = prepared.read(rows, columns=["image", "label", "index"])
             return augment_table(table, config, seed, epoch) if config.augment_on == "data" else table

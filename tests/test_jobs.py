@@ -1,0 +1,82 @@
+"""The jobs as commands: help, exit codes, outputs, and the README's promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar.config import Config
+from jobs import evaluate, prepare, train
+
+ROOT = Path(__file__).parent.parent
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+TINY = ["--image-size", "16", "--widths", "8", "16", "--batch-size", "44", "--epochs", "2", "--sizes", "16"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_names_every_flag_with_its_default(job: str) -> None:
+    done = subprocess.run([sys.executable, f"jobs/{job}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+    options = done.stdout.count("\n│ --")
+    assert options >= 4
+    assert (
+        done.stdout.count("(default:") + done.stdout.count("(required)") + done.stdout.count("(unset)") >= options - 1
+    )
+
+
+def test_train_then_evaluate(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = str(tmp_path / "runs")
+    flags = ["--data", here.data.data, *TINY, "--workers", "0", "--storage", storage, "--name", "r", "--json"]
+    assert train.main(flags) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    on_disk = json.loads((tmp_path / "runs/r/report.json").read_text())
+    for key in (
+        *("data", "split", "count", "accuracy", "accuracy_ci95", "loss", "macro_f1", "per_class", "confusion_matrix"),
+        *("top5_accuracy", "ece", "train_seconds"),
+    ):
+        assert on_disk[key] == report[key]
+    assert on_disk["count"] == 60
+    assert on_disk["train_seconds"] > 0
+    for name in ("config.json", "metrics.jsonl", "curves.png", "report.html", "model/README.md", "tensorboard"):
+        assert (tmp_path / "runs/r" / name).exists(), name
+    assert evaluate.main(["--model", f"{storage}/r", "--output", str(tmp_path / "again"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["confusion_matrix"] == report["confusion_matrix"]
+
+
+def test_prepare_reports(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report"
+    assert prepare.main(["--data", here.data.data, "--image-size", "16", "--output", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["counts"] == {"train": 396, "val": 44, "test": 60}
+    assert (output / "data_report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "-1"], "--lr -1.0: use a positive number"),
+        (["--epochs", "0"], "--epochs 0: use 1 or more"),
+        (["--data", "/no/such/folder", "--workers", "0"], "/no/such/folder"),
+        (["--epoch", "3"], "--epoch"),
+        (["--recipe", "fastest"], "fastest"),
+    ],
+)
+def test_bad_usage_is_one_clear_error_and_exit_2(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(flags) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_cifar10_that_cannot_be_had_names_the_remedies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "nowhere"))
+    assert train.main(["--workers", "0"]) == 2
+    assert "CIFAR10_DIR" in capsys.readouterr().err
