@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,13 +51,7 @@ def fit(config: Config) -> Run:
     before anything is trained, and TrainingFailed.
     """
     in_process = config.run.workers == "0"
-    with ThreadPoolExecutor(1) as background:
-        # The data is read while Ray's processes start. Not the other way round: they die with the thread that starts
-        # them (PR_SET_PDEATHSIG).
-        being_prepared = background.submit(prepare, config.data)
-        if not in_process:
-            start_ray(config.run.verbose)
-        prepared = being_prepared.result()
+    prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
     run_dir = RunDir(f"{absolute(config.run.storage)}/{config.run.name or default_name(config)}")
     if in_process:
         from cifar.local import fit_in_process
@@ -72,6 +67,19 @@ def fit(config: Config) -> Run:
         train_seconds=summary["train_seconds"],
         stopped=summary["stopped"],
     )
+
+
+def prepare_while_ray_starts(config: Config) -> Prepared:
+    """Both take seconds. Ray starts in this thread, because its processes die with the thread that starts them
+    (PR_SET_PDEATHSIG)."""
+    ray_is_up = threading.Event()
+    with ThreadPoolExecutor(1) as background:
+        being_prepared = background.submit(prepare, config.data, ray_is_up.wait)
+        try:
+            start_ray(config.run.verbose)
+        finally:
+            ray_is_up.set()
+        return being_prepared.result()
 
 
 def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:

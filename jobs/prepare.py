@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from cifar.cli import command_line, run_job
@@ -20,10 +21,11 @@ class Flags:
 def prepare_data(flags: Flags) -> dict[str, Any]:
     """Read, check and convert a data set, cache it for training, and write a report on it."""
     # Not above: --help needs neither Ray nor torch.
+    from cifar.cluster import start_ray
     from cifar.data import prepare
     from cifar.report import write_data_report
 
-    prepared = prepare(flags.data)
+    prepared = prepare(flags.data, partial(start_ray, verbose=False))
     report = write_data_report(flags.output, prepared, flags.augment, command=command_line())
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     print(f"{prepared.source}: {counts}, {prepared.quarantined:,} quarantined")

@@ -350,9 +350,9 @@ def test_ray_writes_the_same_files_and_gives_the_same_errors(
 def damage_then(convert: Callable[[Any], Any], path: Path) -> Callable[[Any], Any]:
     """`convert` of a file that is spoilt after its labels were read."""
 
-    def spoilt(chunks: Any) -> Any:
+    def spoilt(chunks: Any, start_ray: Any) -> Any:
         path.write_bytes(b"spoilt" * 100)
-        return convert(chunks)
+        return convert(chunks, start_ray)
 
     return spoilt
 

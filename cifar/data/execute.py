@@ -5,7 +5,7 @@ import pickle
 import queue
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -18,7 +18,7 @@ _INLINE_ROWS = 2_000
 _INLINE_BYTES = 64 << 20
 
 
-def convert(chunks: list[Chunk]) -> Generator[Summary, None, None]:
+def convert(chunks: list[Chunk], start_ray: Callable[[], object]) -> Generator[Summary, None, None]:
     """Summaries as they come; the files do not depend on where or in which order chunks are converted.
 
     Close the generator to stop early: no local process writes any more after that.
@@ -27,6 +27,7 @@ def convert(chunks: list[Chunk]) -> Generator[Summary, None, None]:
     size = sum(len(chunk.labels) * chunk.row_bytes for chunk in chunks)
     workers = min(len(os.sched_getaffinity(0)), len(chunks))
     if rows > _LOCAL_ROWS or size > _LOCAL_BYTES:
+        start_ray()
         yield from _on_ray(chunks)
     elif workers < 2 or (rows <= _INLINE_ROWS and size <= _INLINE_BYTES):
         yield from map(convert_chunk, chunks)

@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,15 +36,17 @@ _STALE_SECONDS = 24 * 3600
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: DataConfig) -> Prepared:
+def prepare(config: DataConfig, start_ray: Callable[[], object] = lambda: None) -> Prepared:
     """The prepared set of `config.data`: from the cache, or made now.
+
+    Large sets are converted by Ray Data, after a call of `start_ray`.
 
     Bad rows are quarantined; ConfigError if their share is above `config.max_bad`, or if the source is unusable. The
     cache is $CIFAR_CACHE, a folder or URI that every node must see, or ~/.cache/cifar.
     """
     source = find(config.data)
     try:
-        prepared = _cached_or_made(source, config)
+        prepared = _cached_or_made(source, config, start_ray)
         if prepared.quarantined:
             total = sum(prepared.counts.values()) + prepared.quarantined
             _check_bad(_read_quarantine(prepared), prepared.quarantined, total, config)
@@ -55,14 +57,14 @@ def prepare(config: DataConfig) -> Prepared:
     return replace(prepared, source=source.name)
 
 
-def _cached_or_made(source: Source, config: DataConfig) -> Prepared:
+def _cached_or_made(source: Source, config: DataConfig, start_ray: Callable[[], object]) -> Prepared:
     # What is known of a listing spares reading the files again to fingerprint their content.
     listing = join(cache_folder(), f"known/{_key(listing_key(source), source, config)}")
     known = _read_text(listing)
     prepared = _load(_set_path(known)) if known else None
     if prepared is None:
         fingerprint = _key(content_key(source), source, config)
-        prepared = _load(_set_path(fingerprint)) or _make(source, config, fingerprint)
+        prepared = _load(_set_path(fingerprint)) or _make(source, config, fingerprint, start_ray)
         write_file(listing, fingerprint.encode())
     return prepared
 
@@ -93,7 +95,7 @@ def _load(path: str) -> Prepared | None:
         return None
 
 
-def _make(source: Source, config: DataConfig, fingerprint: str) -> Prepared:
+def _make(source: Source, config: DataConfig, fingerprint: str, start_ray: Callable[[], object]) -> Prepared:
     rows = read_rows(source, config)
     train_labels = rows.labels[rows.splits == TRAIN]
     if source.parquet and (np.diff(train_labels) >= 0).all():
@@ -101,7 +103,7 @@ def _make(source: Source, config: DataConfig, fingerprint: str) -> Prepared:
             "--data %s: rows come sorted by class; a streamed run learns better from shuffled files", source.name
         )
     with _new_folder(_set_path(fingerprint)) as folder:
-        summaries = _convert_all(rows, config, folder)
+        summaries = _convert_all(rows, config, folder, start_ray)
         bad = sorted(row for summary in summaries for row in summary.bad)
         _write_quarantine(join(folder, QUARANTINE), bad, rows)
         prepared = _merge(summaries, rows, config, folder, fingerprint, len(bad))
@@ -146,12 +148,12 @@ def _remove_stale(parent: str) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
-def _convert_all(rows: Rows, config: DataConfig, folder: str) -> list[Summary]:
+def _convert_all(rows: Rows, config: DataConfig, folder: str, start_ray: Callable[[], object]) -> list[Summary]:
     summaries: list[Summary] = []
     total, done = len(rows.labels), 0
     bad: list[BadRow] = []
     last_said = time.monotonic()
-    with closing(convert(plan_chunks(rows, config, folder))) as converted:
+    with closing(convert(plan_chunks(rows, config, folder), start_ray)) as converted:
         for summary in converted:
             summaries.append(summary)
             done += summary.rows
