@@ -1,18 +1,18 @@
 """The training worker under Ray Train: its context, and its share of the data from the object store."""
 
+import importlib
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
@@ -20,82 +20,21 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from cifar.cluster import usable_cpus
-from cifar.config import Config
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches, share
-from cifar.data.prepared import Arrays, Prepared
+from cifar.data.prepared import Arrays
 from cifar.data.stream import ray_stream
 from cifar.progress import Mailbox
+from cifar.ray_job import Job
 from cifar.run_dir import RunDir
 from cifar.worker import Context, NonFiniteLoss, train_worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """A split in the object store: a materialized Ray Dataset as Arrow blocks in file order.
-
-    Which rows a rank gets is arithmetic on row numbers. A streaming split would hand them out by demand, which no
-    second run repeats, through an actor that takes 2.5 s to start.
-    """
-
-    refs: Sequence[Any]
-    """References to the blocks."""
-    rows: list[int]
-
-    @classmethod
-    def put(cls, prepared: Prepared, split: str) -> "Blocks":
-        tables = [prepared.read(rows, ["image", "label", "index"]) for rows in prepared.row_groups(split)]
-        dataset = ray.data.from_arrow(tables)
-        return cls(refs=dataset.to_arrow_refs(), rows=[len(table) for table in tables])
-
-    def read(self, start: int, stop: int) -> pa.Table:
-        """Rows start..stop; fetches the blocks that hold them and no others."""
-        tables, first = [], 0
-        for ref, rows in zip(self.refs, self.rows, strict=True):
-            low, high = max(start - first, 0), min(stop - first, rows)
-            if low < high:
-                table: Any = ray.get(ref)
-                tables.append(table.slice(low, high - low))
-            first += rows
-        return pa.concat_tables(tables)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the driver hands to every worker."""
-
-    config: Config
-    prepared: Prepared
-    run_path: str
-    train: Blocks | None
-    """None: streamed."""
-    val: Blocks | None
-
-    def loader(self, context: Context) -> Loader:
-        config, prepared = self.config, self.prepared
-        common: dict[str, Any] = {
-            "batch_size": config.train.batch_size,
-            "seed": config.train.seed,
-            "rank": context.rank,
-            "world_size": context.world_size,
-            "device": context.device,
-        }
-        if self.train is None:
-            stream = ray_stream(prepared, config.augment, config.train.seed)
-            return StreamingLoader(prepared, stream, epochs=config.train.epochs, **common)
-        total = prepared.counts["train"]
-        return ResidentLoader(self.train.read(*share(total, context.rank, context.world_size)), total=total, **common)
-
-    def val_batches(self, context: Context) -> Iterator[Arrays]:
-        total, rank, world_size = self.prepared.counts["val"], context.rank, context.world_size
-        if self.val is None:
-            return self.prepared.batches("val", EVALUATION_BATCH, rank, world_size)
-        return in_batches(self.val.read(total * rank // world_size, total * (rank + 1) // world_size))
 
 
 class RayContext:
     """`cifar.worker.Context` on Ray Train."""
 
     def __init__(self, job: Job):
+        # torch imports this (0.9 s) when the first optimizer is made; let it load while the data is copied.
+        threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
         use_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
@@ -153,13 +92,43 @@ class RayContext:
             dist.destroy_process_group()
 
 
-def run_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry: the run's summary, or {"error": text} for a failure that a restart would only repeat."""
-    job: Job = loop_config["job"]
+def make_loader(job: Job, context: Context) -> Loader:
+    """This worker's training batches."""
+    config, prepared = job.config, job.prepared
+    common: dict[str, Any] = {
+        "batch_size": config.train.batch_size,
+        "seed": config.train.seed,
+        "rank": context.rank,
+        "world_size": context.world_size,
+        "device": context.device,
+    }
+    if job.train is None:
+        stream = ray_stream(prepared, config.augment, config.train.seed)
+        return StreamingLoader(prepared, stream, epochs=config.train.epochs, **common)
+    total = prepared.counts["train"]
+    return ResidentLoader(job.train.read(*share(total, context.rank, context.world_size)), total=total, **common)
+
+
+def val_batches(job: Job, context: Context) -> Iterator[Arrays]:
+    """This worker's share of val, every row once over all workers."""
+    total, rank, world_size = job.prepared.counts["val"], context.rank, context.world_size
+    if job.val is None:
+        return job.prepared.batches("val", EVALUATION_BATCH, rank, world_size)
+    return in_batches(job.val.read(total * rank // world_size, total * (rank + 1) // world_size))
+
+
+def train_job(job: Job) -> dict[str, Any]:
+    """One worker's run: its summary, or {"error": text} for a failure that a restart would only repeat."""
     context = RayContext(job)
-    augmented = job.config.augment.augment_on == "data"
     try:
-        summary = train_worker(job.config, job.prepared, context, job.loader, job.val_batches, augmented)
+        summary = train_worker(
+            job.config,
+            job.prepared,
+            context,
+            partial(make_loader, job),
+            partial(val_batches, job),
+            augmented=job.config.augment.augment_on == "data",
+        )
         context.close()
         return summary
     except NonFiniteLoss as error:

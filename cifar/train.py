@@ -1,6 +1,7 @@
 """`fit(config)`: the one driver, for a run and for a trial; data in, the run's folder with its best model out."""
 
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -73,8 +74,14 @@ def prepare_while_ray_starts(config: Config) -> Prepared:
     """Both take seconds. Ray starts in this thread, because its processes die with the thread that starts them
     (PR_SET_PDEATHSIG)."""
     ray_is_up = threading.Event()
+
+    def prepare_and_import() -> Prepared:
+        prepared = prepare(config.data, ray_is_up.wait)
+        importlib.import_module("cifar.lean_trainer")  # half a second that would come after
+        return prepared
+
     with ThreadPoolExecutor(1) as background:
-        being_prepared = background.submit(prepare, config.data, ray_is_up.wait)
+        being_prepared = background.submit(prepare_and_import)
         try:
             start_ray(config.run.verbose)
         finally:
@@ -86,9 +93,9 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
     """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
     import ray
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from cifar.ray_worker import Blocks, Job, run_worker
+    from cifar.lean_trainer import LeanTrainer
+    from cifar.ray_job import Blocks, Job, run_worker
 
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_size())
     logger.info("%s", plan)
@@ -102,9 +109,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         val=Blocks.put(prepared, "val") if resident else None,
     )
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
-    # Not TorchTrainer: its backend makes the controller import torch (1.5 s), and needs two round trips to set up the
-    # process group that the workers open themselves.
-    trainer = DataParallelTrainer(
+    trainer = LeanTrainer(
         run_worker,
         train_loop_config={"job": job},
         backend_config=BackendConfig(),

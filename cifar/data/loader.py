@@ -73,11 +73,10 @@ class ResidentLoader:
         world_size: int,
         device: torch.device,
     ):
-        arrays = to_arrays(table)
+        self._images, self._labels, self._indices = (owned(column).to(device) for column in to_arrays(table))
         self.num_batches = num_batches(total, batch_size, world_size)
         self._per_worker = batch_size // world_size
         self._seed, self._rank, self._device = seed, rank, device
-        self._images, self._labels, self._indices = (torch.from_numpy(np.array(a)).to(device) for a in arrays)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
@@ -131,7 +130,7 @@ class StreamingLoader:
 
     def sample(self, count: int) -> Tensor:
         images = next(self._prepared.batches("train", count)).images
-        return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(self._device)
+        return owned(images).permute(0, 3, 1, 2).to(self._device)
 
     def _row_ranges(self, epoch: int) -> list[RowRange]:
         """The worker's share of an epoch: all row groups in random order, cut into equal runs of rows."""
@@ -167,6 +166,11 @@ class StreamingLoader:
                 yield images[rows].permute(0, 3, 1, 2), labels[rows], indices[rows]
             rest = order[ready:]
             pool = [Arrays(*(column[rest].numpy() for column in (images, labels, indices)))]
+
+
+def owned(column: np.ndarray) -> Tensor:
+    """The array as a tensor; copied if its memory is the object store's or a file's, which are read-only."""
+    return torch.from_numpy(column if column.flags.writeable else column.copy())
 
 
 def in_batches(table: pa.Table) -> Iterator[Arrays]:
