@@ -73,7 +73,7 @@ def identity_conv(before: int, after: int) -> nn.Conv2d:
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Running statistics follow within a few steps (runs are short), and the scale is fixed at 1 as in airbench."""
-    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    """The scale is fixed at 1, as in airbench."""
+    norm = nn.BatchNorm2d(channels, momentum=0.1)
     norm.weight.requires_grad_(False)
     return norm
