@@ -27,6 +27,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,9 +36,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from cifar.config import Config, ConfigError
+from cifar.config import ConfigError, RunFailed
 
 Flags = TypeVar("Flags")
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
 
 OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -51,7 +54,8 @@ def run_job(
 ) -> int:
     """Parse `argv` (None: the process's), call the job, return the exit code: 0 done, 1 failed, 2 bad usage.
 
-    A ConfigError, from the flags or from the job, is one line on stderr and 2; any other exception a traceback and 1.
+    A ConfigError, from the flags or from the job, is one line on stderr and 2; RunFailed one line and 1; any other
+    exception a traceback and 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with _log_to_stderr():
@@ -64,8 +68,11 @@ def run_job(
         except SystemExit as stop:  # tyro, after --help or its own error message
             return stop.code if isinstance(stop.code, int) else FAILED
         except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(_plain(f"error: {error}"), file=sys.stderr)
             return BAD_USAGE
+        except RunFailed as error:
+            print(_plain(f"failed: {error}"), file=sys.stderr)
+            return FAILED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
@@ -73,11 +80,6 @@ def run_job(
             logger.exception("the job failed")
             return FAILED
     return OK
-
-
-def parse_config(recipe: Config, argv: Sequence[str]) -> Config:
-    """Flags over a recipe's values; ConfigError for a bad value, SystemExit for --help and unknown flags."""
-    return _parse(recipe, list(argv), Config.__doc__ or "")[0]
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
@@ -133,12 +135,25 @@ def _tyro(outer: type, argv: list[str], description: str) -> Any:
         raise
 
 
+def _plain(text: str) -> str:
+    """One line without what commands a terminal: names of files and classes may come from anyone."""
+    return _CONTROL.sub("", " ".join(text.splitlines()))
+
+
+class _PlainFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _plain(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(_plain, super().formatException(ei).split("\n")))
+
+
 @contextlib.contextmanager
 def _log_to_stderr() -> Iterator[None]:
     """Show the messages of `cifar` alone, as plain lines; other libraries keep their own ways."""
     package = logging.getLogger("cifar")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PlainFormatter("%(message)s"))
     level, propagate = package.level, package.propagate
     package.addHandler(handler)
     package.setLevel(logging.INFO)

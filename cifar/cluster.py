@@ -3,16 +3,18 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 
 from cifar.config import Config, ConfigError
+from cifar.machine import usable_cpus
 
-LOCAL_TRAIN_ENV = {
-    # A report costs one poll of Ray Train's controller; the default of 2 s is longer than a fast epoch.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+TRAIN_ENV = {
+    # A report waits for the one before to be fetched, at the controller's next poll: every 2 s by default, which is
+    # longer than a fast epoch. Polling at 0.1 s took 3 % of a core from the training of a small machine.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A node that was lost is noticed by the failed start of the next group; the default is 60 s, and twice that.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
@@ -24,7 +26,7 @@ def start_ray(verbose: bool) -> None:
     """Join the cluster at $RAY_ADDRESS, or start one in this machine; ConfigError if it can't be reached."""
     if ray.is_initialized():
         return
-    for name, value in LOCAL_TRAIN_ENV.items():
+    for name, value in TRAIN_ENV.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     if not verbose:
@@ -35,6 +37,8 @@ def start_ray(verbose: bool) -> None:
         # There is one node, and it ends with this process: nothing to watch, nothing to preempt, no page to look at.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+        # Ray lets its workers yield to everything else (nice 15); here they are what the user waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address=address,
@@ -74,24 +78,22 @@ class Plan:
         return f"plan: {count} worker{plural} holding {holds} each, {self.loader} data ({self.reason})"
 
 
-def make_plan(config: Config, data_bytes: int, resources: Mapping[str, float], store_bytes: float) -> Plan:
-    """Plan a run over `data_bytes` of decoded train and val on a cluster's `resources` (CPU and GPU, whole cluster).
+def make_plan(config: Config, data_bytes: int, nodes: Sequence[Mapping[str, float]]) -> Plan:
+    """Plan a run over `data_bytes` of decoded train and val on `nodes`, each with its CPU, GPU and object_store_memory.
 
-    `store_bytes` is the object store of the smallest node. Raises ConfigError for a plan that could never be scheduled,
-    that would starve Ray Data, or whose batches don't divide among the workers.
+    Raises ConfigError for a plan that could never be scheduled, or that would starve Ray Data.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    use_gpu = config.run.gpu or gpus >= 1
-    low, high = _worker_range(config, int(gpus) if use_gpu else 0)
-    loader, why = choose_loader(config, data_bytes, store_bytes)
-    _require_divisible(config, low, high)
-    if config.run.gpu and gpus < low:
-        raise ConfigError(
-            f"--workers {config.run.workers} --gpu: needs {low} GPUs, the cluster has {gpus:g}; "
-            + (f"use --workers {int(gpus)}" if gpus >= 1 else "drop --gpu")
-        )
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+    counts = config.worker_counts or [auto_workers(config, gpus)]
+    low, high = counts[0], counts[-1]
+    loader, why = choose_loader(config, data_bytes, min(node.get("object_store_memory", math.inf) for node in nodes))
+    use_gpu = config.run.gpu or gpus >= low
     if use_gpu and gpus < low:
-        use_gpu = False
+        raise ConfigError(
+            f"--workers {config.run.workers} --gpu: needs {low} GPUs, the cluster has {gpus}; "
+            + (f"use --workers {gpus}" if gpus else "drop --gpu")
+        )
     if not use_gpu and low > max(cpus, 1):
         raise ConfigError(
             f"--workers {config.run.workers}: needs {low} CPUs, the cluster has {cpus:g}; use --workers {int(cpus)}"
@@ -99,9 +101,8 @@ def make_plan(config: Config, data_bytes: int, resources: Mapping[str, float], s
     # A task of Ray Data takes a CPU; what workers hold whole, it could wait for for ever. Holding less costs nothing,
     # since a worker's threads use every core of its share of the node anyway.
     spare = 1.0 if loader == "streaming" else 0.5
-    each = (cpus - spare) / high
-    each = math.floor(each) if each >= 1 else math.floor(each * 100) / 100  # Ray takes fractions below one only
-    if each <= 0:
+    each = cpus_per_worker(nodes, high, use_gpu, spare) or cpus_per_worker(nodes, low, use_gpu, spare)
+    if not each:
         raise ConfigError(f"--workers {config.run.workers}: leaves no CPU for reading data, the cluster has {cpus:g}")
     return Plan(
         min_workers=low,
@@ -109,15 +110,34 @@ def make_plan(config: Config, data_bytes: int, resources: Mapping[str, float], s
         cpus_per_worker=each,
         gpus_per_worker=1 if use_gpu else 0,
         loader=loader,
-        reason=f"the cluster has {cpus:g} CPU and {gpus:g} GPU; {why}",
+        reason=f"the cluster has {cpus:g} CPU and {gpus} GPU; {why}",
     )
 
 
+def cpus_per_worker(nodes: Sequence[Mapping[str, float]], workers: int, use_gpu: bool, spare: float) -> float:
+    """The most CPUs that each of so many workers can hold where they fit, with `spare` left on every node; else 0."""
+    # Ray takes fractions below one only.
+    for each in [*range(int(max(node.get("CPU", 0.0) for node in nodes)), 0, -1), 0.5, 0.25, 0.1, 0.05, 0.01]:
+        fitting = 0
+        for node in nodes:
+            by_cpu = int((node.get("CPU", 0.0) - spare) / each + 1e-6)
+            fitting += max(min(by_cpu, int(node.get("GPU", 0.0))) if use_gpu else by_cpu, 0)
+        if fitting >= workers:
+            return each
+    return 0
+
+
+def auto_workers(config: Config, gpus: int) -> int:
+    """One process per GPU; without any, one whose threads use all cores beats several that exchange gradients."""
+    count = max(gpus, 1)
+    while config.train.batch_size % (count * config.optim.accumulate):
+        count -= 1
+    return count
+
+
 def choose_loader(config: Config, data_bytes: int, store_bytes: float) -> tuple[str, str]:
-    """The loader, and why; ConfigError if the flags contradict each other."""
+    """The loader, and why."""
     if config.augment.augment_on == "data":
-        if config.train.loader == "resident":
-            raise ConfigError("--loader resident: --augment-on data streams; use --loader auto")
         return "streaming", "augmented by Ray Data"
     size = f"{data_bytes / 2**20:,.0f} MiB of images"
     if config.train.loader != "auto":
@@ -125,31 +145,3 @@ def choose_loader(config: Config, data_bytes: int, store_bytes: float) -> tuple[
     if data_bytes <= RESIDENT_SHARE * store_bytes:
         return "resident", f"{size} fit in memory"
     return "streaming", f"{size} exceed {RESIDENT_SHARE:.0%} of {store_bytes / 2**20:,.0f} MiB"
-
-
-def _worker_range(config: Config, gpus: int) -> tuple[int, int]:
-    if config.run.workers == "auto":
-        # One process per GPU; without any, one process whose threads use all cores beats several that exchange
-        # gradients.
-        count = max(gpus, 1)
-        while config.train.batch_size % (count * config.optim.accumulate):
-            count -= 1
-        return count, count
-    low, _, high = config.run.workers.partition(":")
-    return int(low), int(high or low)
-
-
-def _require_divisible(config: Config, low: int, high: int) -> None:
-    for workers in range(low, high + 1):
-        if config.train.batch_size % (workers * config.optim.accumulate):
-            step = math.lcm(*range(low, high + 1)) * config.optim.accumulate
-            nearest = max(round(config.train.batch_size / step), 1) * step
-            raise ConfigError(
-                f"--batch-size {config.train.batch_size}: does not divide among {workers} workers"
-                f"{' times --accumulate' if config.optim.accumulate > 1 else ''}; use --batch-size {nearest}"
-            )
-
-
-def usable_cpus() -> int:
-    """Cores that this process may use, which in a container or under taskset are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,10 @@ class ConfigError(ValueError):
     """A value that the user can mend; the message names the flag and the remedy."""
 
 
+class RunFailed(RuntimeError):
+    """A run broke off, and to repeat it would not help; the message says why and what to change."""
+
+
 def _require(condition: bool, flag: str, value: object, remedy: str) -> None:
     if not condition:
         raise ConfigError(f"--{flag} {value}: {remedy}")
@@ -54,6 +58,7 @@ class DataConfig:
         _require(8 <= self.image_size <= 1024, "image-size", self.image_size, "use 8 to 1024 pixels")
         _require(0 < self.val_fraction < 1, "val-fraction", self.val_fraction, "use a share between 0 and 1")
         _require(0 < self.test_fraction < 1, "test-fraction", self.test_fraction, "use a share between 0 and 1")
+        _require(self.split_seed >= 0, "split-seed", self.split_seed, "use 0 or more")
         _require(0 <= self.max_bad <= 1, "max-bad", self.max_bad, "use a share from 0 to 1, such as 0.01 for 1 %")
 
 
@@ -106,10 +111,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.widths) and all(width >= 1 for width in self.widths),
+            1 <= len(self.widths) <= 8 and all(1 <= width <= 8192 for width in self.widths),
             "widths",
             " ".join(map(str, self.widths)),
-            "give one positive channel count per group, such as --widths 64 256 256",
+            "give one channel count, 1 to 8192, for each of 1 to 8 groups, such as --widths 64 256 256",
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "use a share from 0 to below 1")
 
@@ -118,14 +123,14 @@ class ModelConfig:
 class OptimConfig:
     optimizer: Optimizer = "muon"
     """Muon takes the filters; what Muon does not fit (biases, norms, head) gets SGD with Nesterov momentum."""
-    lr: float = 0.24
-    """Peak learning rate of the main parameter group."""
+    lr: float = 0.0
+    """Peak learning rate of the main parameter group; 0 takes one that suits the optimizer."""
     head_lr: float = 0.0
     """Peak learning rate of the head under Muon; 0 takes airbench's, in proportion to the batch size."""
     momentum: float = 0.6
-    """Momentum of SGD, RMSprop, and what Muon makes orthogonal."""
+    """Momentum of SGD, and of what Muon makes orthogonal."""
     weight_decay: float = 0.0
-    """Weight decay: decoupled for AdamW and Muon, L2 elsewhere."""
+    """Decoupled for AdamW and Muon, L2 elsewhere; none for biases, norms, and Muon's filters that a norm follows."""
     schedule: Schedule = "linear"
     """Learning rate over the run, after the warm-up."""
     warmup: float = 0.0
@@ -142,7 +147,7 @@ class OptimConfig:
     """Decay per step of the average; for lookahead the share of the slow weights kept at each pull."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "use a positive number")
+        _require(self.lr >= 0 and math.isfinite(self.lr), "lr", self.lr, "use a positive number, or 0 for the default")
         _require(self.head_lr >= 0 and math.isfinite(self.head_lr), "head-lr", self.head_lr, "use 0 or more")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "use a number from 0 to below 1")
         _require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "use 0 or more")
@@ -161,8 +166,8 @@ class TrainConfig:
     """Images per optimizer step, over all workers together."""
     seed: int = 0
     """Seed of weights, order and augmentation; every draw is derived from it, none is carried."""
-    sizes: tuple[int, ...] = ()
-    """Progressive resizing: side in pixels for equal shares of the epochs, such as 24 32; empty: always image-size."""
+    scales: tuple[float, ...] = (1.0,)
+    """Progressive resizing: side as a share of image-size, for equal parts of the epochs, such as 0.75 1."""
     max_minutes: float = 0.0
     """Time budget of training; at its end the run stops cleanly with a model. 0: none."""
     patience: int = 0
@@ -179,7 +184,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "use 1 or more")
         _require(self.batch_size >= 1, "batch-size", self.batch_size, "use 1 or more")
-        _require(all(8 <= size <= 1024 for size in self.sizes), "sizes", self.sizes, "use 8 to 1024 pixels")
+        _require(
+            bool(self.scales) and all(0.25 <= scale <= 1 for scale in self.scales),
+            "scales",
+            " ".join(map(str, self.scales)),
+            "use shares from 0.25 to 1",
+        )
         _require(self.max_minutes >= 0, "max-minutes", self.max_minutes, "use 0 or more")
         _require(self.patience >= 0, "patience", self.patience, "use 0 or more")
         _require(self.checkpoint_steps >= 0, "checkpoint-steps", self.checkpoint_steps, "use 0 or more")
@@ -190,17 +200,17 @@ class RunConfig:
     storage: str = "./runs"
     """Folder or s3:// or gs:// URI that holds the runs; every node must be able to write it."""
     name: str = ""
-    """Name of the run's folder; the same name resumes. Empty: recipe, data and time of day."""
+    """Name of the run's folder; the same name resumes. Empty: data, network and a digest of all settings."""
     workers: str = "auto"
     """Training processes: N, 0 for this process, A:B for elastic; `auto` takes what suits the machine."""
     gpu: bool = False
-    """One GPU per worker. Without the flag GPUs are used when the cluster has any."""
+    """Insist on a GPU per worker. Without the flag GPUs are used where there are any."""
     verbose: bool = False
     """Show all of Ray's logs."""
 
     def __post_init__(self) -> None:
         _require(
-            self.workers == "auto" or re.fullmatch(r"\d+|[1-9]\d*:[1-9]\d*", self.workers) is not None,
+            self.workers == "auto" or re.fullmatch(r"0|[1-9]\d*(:[1-9]\d*)?", self.workers) is not None,
             "workers",
             self.workers,
             "use a count such as 2, 0 for this process, a range such as 1:4, or auto",
@@ -239,6 +249,59 @@ class Config:
             self.augment.crop_padding,
             f"use less than --image-size {self.data.image_size}",
         )
+
+        _require(
+            not (self.train.loader == "resident" and self.augment.augment_on == "data"),
+            "loader",
+            "resident",
+            "--augment-on data streams; use --loader auto",
+        )
+        _require(
+            not (self.run.workers == "0" and self.augment.augment_on == "data"),
+            "augment-on",
+            "data",
+            "needs Ray Data; use --workers 1, or --augment-on device",
+        )
+        _require(
+            not (self.run.workers == "0" and "://" in self.run.storage),
+            "storage",
+            self.run.storage,
+            "--workers 0 writes local folders only; use --workers 1",
+        )
+        if self.model.model == "notebook":
+            _require(
+                self.train.scales == (1.0,),
+                "scales",
+                " ".join(map(str, self.train.scales)),
+                "the dense layer of notebook takes one size; use --scales 1, or --recipe notebook",
+            )
+            _require(
+                self.data.image_size >> len(self.model.widths) >= 1,
+                "widths",
+                " ".join(map(str, self.model.widths)),
+                f"every group halves --image-size {self.data.image_size}; use fewer groups",
+            )
+        for workers in self.worker_counts:
+            _require(
+                self.train.batch_size % (workers * self.optim.accumulate) == 0,
+                "batch-size",
+                self.train.batch_size,
+                f"does not divide among {workers} workers{' times --accumulate' * (self.optim.accumulate > 1)}; "
+                f"use --batch-size {self._divisible_batch_size()}",
+            )
+
+    @property
+    def worker_counts(self) -> range:
+        """The counts of workers that the run may have; empty for `auto` and for this process."""
+        if self.run.workers in ("auto", "0"):
+            return range(0)
+        low, _, high = self.run.workers.partition(":")
+        return range(int(low), int(high or low) + 1)
+
+    def _divisible_batch_size(self) -> int:
+        """The nearest batch size that all counts of workers can share."""
+        step = math.lcm(*self.worker_counts) * self.optim.accumulate
+        return max(round(self.train.batch_size / step), 1) * step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from cifar.config import ConfigError
-from cifar.data.prepared import Batch, Prepared
+from cifar.data.prepared import Arrays, Prepared
 from cifar.model_dir import ModelInfo
 from cifar.predictor import Predictor
 
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 class Rows(NamedTuple):
-    """What is kept of each image: 33 bytes, whatever its size."""
+    """What is kept of each image: 29 bytes, whatever its size."""
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
@@ -126,7 +126,6 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
     zero: Any = 0  # what scikit-learn's hints leave out, as they do what comes back
     scores: Any = precision_recall_fscore_support(rows.labels, rows.predictions, labels=numbers, zero_division=zero)
     reliability = reliability_bins(rows.confidences, correct)
-    train_seconds = predictor.metrics.get("train_seconds")
     return Evaluation(
         data=prepared.source,
         split=split,
@@ -149,7 +148,7 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
         mistakes=worst.mistakes(prepared, split),
         device=str(predictor.device),
         images_per_second=len(correct) / seconds,
-        train_seconds=None if train_seconds is None else float(train_seconds),
+        train_seconds=_seconds(predictor.metrics.get("train_seconds")),
         model=predictor.info,
     )
 
@@ -170,11 +169,16 @@ def _check(predictor: Predictor, prepared: Prepared, split: str) -> None:
         )
 
 
+def _seconds(value: Any) -> float | None:
+    """A duration if it is one: the metrics of a model folder may come from anyone."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e9 else None
+
+
 def _names(classes: tuple[str, ...], most: int = 10) -> str:
     return ", ".join(classes[:most]) + (f" and {len(classes) - most} more" if len(classes) > most else "")
 
 
-def _score_all(predictor: Predictor, batches: Iterable[Batch], worst: "Worst") -> Rows:
+def _score_all(predictor: Predictor, batches: Iterable[Arrays], worst: "Worst") -> Rows:
     scored: list[Rows] = []
     for batch in batches:
         rows = score(predictor.logits(batch.images), batch.labels)
@@ -205,7 +209,7 @@ class Worst:
         self.classes = classes
         self._heap: list[tuple[float, int, Mistake]] = []  # the number breaks ties, so that mistakes are not compared
 
-    def offer(self, batch: Batch, rows: Rows) -> None:
+    def offer(self, batch: Arrays, rows: Rows) -> None:
         losses = np.where(rows.labels == rows.predictions, -np.inf, rows.losses)
         for row in np.argsort(-losses, kind="stable")[: self.size]:
             full = len(self._heap) == self.size

@@ -22,4 +22,6 @@ class LeanTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self):
         unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_ON_OWN_CLUSTER
-        return [callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in unused]
+        callbacks = super()._create_default_callbacks()
+        assert unused <= {type(callback).__name__ for callback in callbacks}, "another version of Ray"
+        return [callback for callback in callbacks if type(callback).__name__ not in unused]

@@ -23,10 +23,6 @@ logger = logging.getLogger(__name__)
 
 def fit_in_process(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
     """Train here; the summary of `train_worker`, with the best model copied to the run's folder."""
-    if "://" in run_dir.path:
-        raise ConfigError(f"--storage {config.run.storage}: --workers 0 writes local folders only; use --workers 1")
-    if config.augment.augment_on == "data":
-        raise ConfigError("--augment-on data: needs Ray Data; use --workers 1, or --augment-on device")
     if config.run.gpu and not torch.cuda.is_available():
         raise ConfigError("--gpu: torch sees no GPU on this machine; drop the flag")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -48,7 +44,7 @@ def fit_in_process(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[
     def val_batches(context: Context) -> Iterator[Arrays]:
         return prepared.batches("val", EVALUATION_BATCH) if val is None else in_batches(val)
 
-    with Display() as display:
+    with run_dir.lock(), Display() as display:
         context = LocalContext(run_dir, device, display)
         summary = train_worker(config, prepared, context, make_loader, val_batches)
     run_dir.copy_model(str(context.best()))
@@ -78,7 +74,8 @@ class LocalContext:
         os.rename(partial, self._folder / f"checkpoint_{number:06d}")
         keep = {self.best(), max(self._checkpoints())}
         for other in set(self._checkpoints()) - keep:
-            shutil.rmtree(other)
+            os.rename(other, partial)  # at once out of sight: a half-deleted checkpoint must not be found
+            shutil.rmtree(partial)
 
     def best(self) -> Path:
         """The checkpoint of the highest score; the earlier one of equals."""

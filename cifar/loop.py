@@ -92,10 +92,9 @@ def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, d
 
 
 def epoch_size(config: TrainConfig, image_size: int, epoch: int) -> int:
-    """Side in pixels at which this epoch trains: `sizes` hold for equal shares of the epochs."""
-    if not config.sizes:
-        return image_size
-    return config.sizes[epoch * len(config.sizes) // config.epochs]
+    """Side in pixels at which this epoch trains: `scales` hold for equal parts of the epochs; at least 8."""
+    scale = config.scales[epoch * len(config.scales) // config.epochs]
+    return max(round(image_size * scale), 8)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -6,6 +6,7 @@ Only JSON and safetensors are read, never a pickle: a folder from a stranger can
 import json
 import os
 import platform
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import cifar
@@ -21,6 +22,7 @@ from cifar.config import Config, ConfigError
 from cifar.models import Classifier, build_model
 
 FORMAT = 1
+MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[s
     }
     (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (partial / "README.md").write_text(model_card(info, metrics))
+    (partial / "README.md").write_text(model_card(info, metrics), encoding="utf-8")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
     if folder.exists():
         shutil.rmtree(folder)
@@ -70,45 +72,88 @@ def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[s
 
 
 def load_model(folder: str | Path) -> LoadedModel:
-    """Read a model folder; ConfigError names the file when it is missing, damaged or of another version."""
+    """Read a model folder; ConfigError names the file when it is missing, damaged or of another version.
+
+    Nothing is allocated for a network before the weights prove to be its own.
+    """
     folder = Path(folder)
-    description = _read_json(folder / "config.json")
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    description = _read_json(path)
     if description.get("format") != FORMAT:
-        raise ConfigError(f"{folder / 'config.json'}: format {description.get('format')!r}, this cifar reads {FORMAT}")
+        raise ConfigError(f"{path}: format {description.get('format')!r}, this cifar reads {FORMAT}")
     try:
-        info = ModelInfo(
-            config=Config.from_dict(description["config"]),
-            classes=tuple(description["classes"]),
-            mean=tuple(description["normalisation"]["mean"]),
-            std=tuple(description["normalisation"]["std"]),
-            fingerprint=description["data"]["fingerprint"],
-            source=description["data"]["source"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: incomplete, {error!r}; save the model again") from error
-    model = build_model(info.config, len(info.classes), info.mean, info.std)
-    weights = folder / "model.safetensors"
+        info = _info(description)
+    except Exception as error:  # a stranger's values can be of any type and size
+        raise ConfigError(f"{path}: not a model's description, {error!r}; save the model again") from error
     try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        model = _empty_model(info, _shapes(weights))
+        model.to_empty(device="cpu").load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{weights}: not the weights that config.json describes: {error}") from error
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return LoadedModel(model=model.eval(), info=info, metrics=_read_json(folder / "metrics.json"))
 
 
+def _info(description: dict[str, Any]) -> ModelInfo:
+    classes, data = description["classes"], description["data"]
+    texts = [*classes, data["fingerprint"], data["source"]]
+    if type(classes) is not list or not all(type(text) is str for text in texts):
+        raise ValueError("class names, fingerprint and source must be strings")
+    if not 1 <= len(set(classes)) == len(classes) <= MAX_CLASSES:
+        raise ValueError(f"there must be 1 to {MAX_CLASSES:,} classes of different names")
+    return ModelInfo(
+        config=Config.from_dict(description["config"]),
+        classes=tuple(classes),
+        mean=_channels(description["normalisation"]["mean"]),
+        std=_channels(description["normalisation"]["std"]),
+        fingerprint=data["fingerprint"],
+        source=data["source"],
+    )
+
+
+def _channels(values: Any) -> tuple[float, float, float]:
+    red, green, blue = values
+    if not all(type(value) in (int, float) and 0 <= value <= 255 for value in (red, green, blue)):  # NaN is not
+        raise ValueError("mean and std must be numbers from 0 to 255")
+    return float(red), float(green), float(blue)
+
+
+def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """From the header alone."""
+    with safe_open(weights, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+
+
+def _empty_model(info: ModelInfo, shapes: dict[str, tuple[int, ...]]) -> Classifier:
+    """The network on the meta device, which holds no memory; ValueError if its weights have not these shapes."""
+    with torch.device("meta"):
+        model = build_model(info.config, len(info.classes), info.mean, info.std)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise ValueError(f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}")
+    return model
+
+
 def model_card(info: ModelInfo, metrics: dict[str, Any]) -> str:
     """Markdown for people: what the model is, what it was trained on, what it reaches."""
+    source, classes = _escape(info.source), ", ".join(map(_escape, info.classes))
     numbers = "\n".join(
         f"| {name} | {value} |" for name, value in metrics.items() if not isinstance(value, dict | list)
     )
     return (
-        f"# {info.config.model.model} on {info.source}\n\n"
+        f"# {info.config.model.model} on {source}\n\n"
         f"Classifies RGB images of {info.config.data.image_size} x {info.config.data.image_size} pixels into "
-        f"{len(info.classes)} classes: {', '.join(info.classes)}.\n\n"
+        f"{len(info.classes)} classes: {classes}.\n\n"
         f"Input is uint8; normalisation is inside. Trained by cifar {cifar.__version__} with seed "
         f"{info.config.train.seed} on data `{info.fingerprint}`; `config.json` holds every setting.\n\n"
         f"| metric | value |\n|---|---|\n{numbers}\n"
     )
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line; without control characters."""
+    return re.sub(r"[\\`*_\[\]<>|~&#$]", r"\\\g<0>", "".join(c if c.isprintable() else " " for c in text))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not found; name a model folder, such as runs/NAME/model") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")

@@ -21,6 +21,9 @@ HEAD_LR_PER_IMAGE = 0.67 * (9 / 256) ** 2
 VECTOR_LR_PER_IMAGE = 0.053
 SGD_MOMENTUM = 0.85
 
+# For --lr 0: the papers' and libraries' own for the adaptive ones; Muon's and SGD's chosen on CIFAR-10's val.
+DEFAULT_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "muon": 0.12}
+
 PULL_STEPS = 5  # lookahead's k, as in Zhang 2019
 
 
@@ -42,7 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> O
         case "adamw":
             optimizer = torch.optim.AdamW(groups, lr=lr)
         case "rmsprop":
-            optimizer = torch.optim.RMSprop(groups, lr=lr, momentum=momentum)
+            optimizer = torch.optim.RMSprop(groups, lr=lr)
         case "muon":
             optimizer = Muon(_muon_groups(model, config, batch_size))
     for group in optimizer.param_groups:

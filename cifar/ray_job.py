@@ -34,7 +34,7 @@ class Blocks:
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows start..stop; fetches the blocks that hold them and no others."""
-        tables, first = [], 0
+        tables, first = [ray.get(self.refs[0]).slice(0, 0)], 0
         for ref, rows in zip(self.refs, self.rows, strict=True):
             low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:

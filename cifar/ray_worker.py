@@ -1,9 +1,11 @@
 """The training worker under Ray Train: its context, and its share of the data from the object store."""
 
+import fcntl
 import importlib
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,14 +21,18 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
-from cifar.cluster import usable_cpus
-from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches, share
+from cifar.config import ConfigError, RunFailed
+from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
 from cifar.data.prepared import Arrays
+from cifar.data.shares import share
 from cifar.data.stream import ray_stream
+from cifar.machine import usable_cpus
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
-from cifar.worker import Context, NonFiniteLoss, train_worker
+from cifar.worker import Context, train_worker
+
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 class RayContext:
@@ -37,7 +43,11 @@ class RayContext:
         threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
-        use_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+        use_gpu = bool(ray.get_gpu_ids())
+        if use_gpu and not torch.cuda.is_available():
+            raise RunFailed(
+                "Ray gave this worker a GPU that torch does not see; install a torch with CUDA on every node"
+            )
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         torch.set_num_threads(max(usable_cpus() // place.get_local_world_size(), 1))
         if self.world_size > 1:
@@ -52,10 +62,14 @@ class RayContext:
     def _join(self, backend: str) -> None:
         """Open the process group; rank 0's node is where the workers meet."""
         address = None
+        own = ray.util.get_node_ip_address()
+        if interface := interface_of(own):
+            # gloo would look the host's name up, which many systems answer with a loopback address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if self.rank == 0:
             with socket.socket() as probe:
                 probe.bind(("", 0))
-                address = f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+                address = f"tcp://{own}:{probe.getsockname()[1]}"
         address = broadcast_from_rank_zero(address)
         dist.init_process_group(backend, init_method=address, rank=self.rank, world_size=self.world_size)
 
@@ -85,11 +99,26 @@ class RayContext:
             self._written.result()
 
     def close(self) -> None:
-        self.flush()
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         if dist.is_initialized():
             dist.destroy_process_group()
+        self.flush()
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has this IPv4 address; None if there is none, or not on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def make_loader(job: Job, context: Context) -> Loader:
@@ -119,9 +148,10 @@ def val_batches(job: Job, context: Context) -> Iterator[Arrays]:
 
 def train_job(job: Job) -> dict[str, Any]:
     """One worker's run: its summary, or {"error": text} for a failure that a restart would only repeat."""
-    context = RayContext(job)
+    context = None
     try:
-        summary = train_worker(
+        context = RayContext(job)
+        return train_worker(
             job.config,
             job.prepared,
             context,
@@ -129,7 +159,8 @@ def train_job(job: Job) -> dict[str, Any]:
             partial(val_batches, job),
             augmented=job.config.augment.augment_on == "data",
         )
-        context.close()
-        return summary
-    except NonFiniteLoss as error:
+    except (ConfigError, RunFailed) as error:
         return {"error": str(error)}
+    finally:
+        if context is not None:
+            context.close()

@@ -10,7 +10,7 @@ def default() -> Config:
     return Config(
         model=ModelConfig(widths=(32, 128, 256)),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
-        train=TrainConfig(epochs=8, batch_size=250, sizes=(20, 20, 20, 24, 24, 28, 28, 32)),
+        train=TrainConfig(epochs=8, batch_size=250, scales=(0.625, 0.625, 0.625, 0.75, 0.75, 0.875, 0.875, 1.0)),
     )
 
 

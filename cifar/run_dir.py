@@ -3,6 +3,7 @@
 Every file is written whole: a reader sees the old one or the new one.
 """
 
+import fcntl
 import json
 import tempfile
 from collections.abc import Iterator
@@ -31,12 +32,27 @@ class RunDir:
         if found is None:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return
-        differing = sorted(_differences(json.loads(found), wanted))
+        differing = sorted(_differences(self._parse(found), wanted))
         if differing:
             raise ConfigError(
                 f"{self.path}: holds a run with another {', '.join(differing[:5])}; "
                 "give the same flags to resume it, or another --name"
             )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process on this machine from training the same run; ConfigError if one does."""
+        if "://" in self.path:
+            yield
+            return
+        with open(Path(self.path) / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path}: another process trains this run; wait, or give another --name"
+                ) from None
+            yield
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrite metrics.jsonl and the TensorBoard events from all finished epochs."""
@@ -54,6 +70,12 @@ class RunDir:
             with source_files.open_input_stream(f"{source}/model/{name}") as stream:
                 write_file(join(self.path, f"model/{name}"), stream.read())
         return join(self.path, "model")
+
+    def _parse(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{join(self.path, 'config.json')}: damaged ({error}); give another --name") from error
 
     def read_text(self, name: str) -> str | None:
         """Text of a file of the folder; None if there is none."""
@@ -74,6 +96,8 @@ def local_model(path: str) -> Iterator[Path]:
     files, root = filesystem(path)
     with tempfile.TemporaryDirectory() as folder:
         for info in files.get_file_info(fs.FileSelector(root)):
+            if info.type != fs.FileType.File:
+                continue
             with files.open_input_stream(info.path) as stream:
                 (Path(folder) / info.base_name).write_bytes(stream.read())
         yield Path(folder)

@@ -4,22 +4,22 @@ import hashlib
 import importlib
 import json
 import logging
-import math
-import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from cifar.cluster import Plan, make_plan, start_ray
-from cifar.config import Config
+from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
+from cifar.data.prepared import absolute, join
+from cifar.data.shares import num_batches
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
 
-MAX_FAILURES = 10
+MAX_FAILURES = 5
 """Deaths of workers that a run survives; a preempted node does not count."""
 WAITING_SECONDS = 30
 """After so long without a step the terminal says what the run waits for."""
@@ -41,19 +41,16 @@ class Run:
     """Why training ended."""
 
 
-class TrainingFailed(RuntimeError):
-    """Training broke off; the message says why and what to change."""
-
-
 def fit(config: Config) -> Run:
     """Prepare the data, train by `config`, and return the finished run; the same config and name resume.
 
     Ray is started, or joined at $RAY_ADDRESS, unless `--workers 0`. Raises ConfigError for what the user can mend,
-    before anything is trained, and TrainingFailed.
+    before anything is trained, and RunFailed.
     """
     in_process = config.run.workers == "0"
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
-    run_dir = RunDir(f"{absolute(config.run.storage)}/{config.run.name or default_name(config)}")
+    num_batches(prepared.counts["train"], config.train.batch_size, world_size=1)  # refuses what has no batch
+    run_dir = RunDir(join(absolute(config.run.storage), config.run.name or default_name(config, prepared)))
     if in_process:
         from cifar.local import fit_in_process
 
@@ -62,7 +59,7 @@ def fit(config: Config) -> Run:
         summary = fit_on_ray(config, prepared, run_dir)
     return Run(
         path=run_dir.path,
-        model=f"{run_dir.path}/model",
+        model=join(run_dir.path, "model"),
         prepared=prepared,
         history=summary["history"],
         train_seconds=summary["train_seconds"],
@@ -97,7 +94,8 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import Blocks, Job, run_worker
 
-    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_size())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), nodes)
     logger.info("%s", plan)
     run_dir.open(config, prepared)
     resident = plan.loader == "resident"
@@ -125,26 +123,18 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
         ),
     )
-    with watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
+    with run_dir.lock(), watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
-            raise TrainingFailed(f"{run_dir.path}: {first_cause(error)}") from error
+            raise RunFailed(f"{run_dir.path}: {first_cause(error)}") from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
-        raise TrainingFailed(summary["error"])
+        raise RunFailed(f"{run_dir.path}: {summary['error']}")
     best = result.get_best_checkpoint("score", "max")
     assert best is not None
     run_dir.copy_model(best.path, best.filesystem)
     return summary
-
-
-def cluster_size() -> tuple[Mapping[str, float], float]:
-    """Resources of the whole cluster, and the object store of its smallest node in bytes."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ray.cluster_resources(), min(node.get("object_store_memory", math.inf) for node in nodes)
 
 
 def waiting_for(plan: Plan, ray: Any) -> Callable[[float], str | None]:
@@ -173,15 +163,11 @@ def first_cause(error: BaseException) -> str:
     return f"worker {rank} failed: {lines[-1].strip() if lines else cause!r}"
 
 
-def default_name(config: Config) -> str:
-    """The same flags give the same name, so that the same command resumes."""
+def default_name(config: Config, prepared: Prepared) -> str:
+    """The same flags on the same data give the same name, so that the same command resumes."""
     values = config.to_dict()
     del values["run"]
-    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
-    data = re.sub(r"[^\w.\-]+", "-", config.data.data.rstrip("/").rsplit("/", 1)[-1]) or "data"
+    identity = json.dumps([values, prepared.fingerprint], sort_keys=True).encode()
+    digest = hashlib.blake2b(identity, digest_size=4).hexdigest()
+    data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
     return f"{data}-{config.model.model}-{digest}"
-
-
-def absolute(storage: str) -> str:
-    """Workers run in folders of their own, so a relative path would mean another place there."""
-    return storage.rstrip("/") if "://" in storage else os.path.abspath(os.path.expanduser(storage))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar.augment import derive_seed
-from cifar.config import Config
+from cifar.config import Config, RunFailed
 from cifar.data.loader import Batch, Loader
 from cifar.data.prepared import Arrays, Prepared
 from cifar.loop import evaluate, train_epoch
@@ -33,10 +33,6 @@ AGREE_STEPS = 16
 SHOW_SECONDS = 0.5
 WHITENING_SAMPLE = 500
 """Images whose patches set the first layer of `cnn`: half a million patches of 12 numbers fix a 12 x 12 covariance."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and what to change."""
 
 
 class Context(Protocol):
@@ -108,7 +104,8 @@ def train_worker(
     """Train to the end of the config, reporting each epoch; returns what the run comes to.
 
     `make_loader` gives this worker's training batches (`augmented` if random changes are applied already), and
-    `val_batches` its share of val, anew at each call. Raises NonFiniteLoss, on all workers at the same step.
+    `val_batches` its share of val, anew at each call. Raises RunFailed when the loss is no number any more, on all
+    workers at the same step.
     """
     loader = make_loader(context)
     training = build_training(config, prepared, loader, context)
@@ -177,17 +174,18 @@ class Worker:
             augmented=augmented,
             after_step=self._after_step,
         )
+        self._agree()
         self.totals.all_reduce()
-        self._require_finite(self.totals.sums)
         result = self.totals.result()
         self._seconds = time.perf_counter() - self._epoch_started_at
         return result
 
     def evaluate(self, batches: Iterable[Arrays]) -> dict[str, float]:
         """Loss, accuracy and count over all workers' shares of val."""
-        share_buffers(self.training.network)
+        share_buffers(self.training.evaluated)
         totals = evaluate(self.training.evaluated, batches, self.config.train, self.context.device)
         totals.all_reduce()
+        self._require_finite(totals.sums)
         return totals.result()
 
     def finish_epoch(self, train_result: dict[str, float], val_result: dict[str, float]) -> None:
@@ -234,13 +232,16 @@ class Worker:
             return False
         if steps_done % self._agree_steps == 0:
             self._agree()
+        if steps_done % AGREE_STEPS == 0 and not self._warned and self.context.preempted():
+            self._warned = True
+            self._checkpoint()
         every = self.config.train.checkpoint_steps
         if every and steps_done % every == 0:
             self._checkpoint()
         return self._out_of_time
 
     def _agree(self) -> None:
-        """Stop, fail or save at the same step everywhere: workers that disagree would wait for each other for ever."""
+        """Stop or fail at the same step everywhere: workers that disagree would wait for each other for ever."""
         budget = self.config.train.max_minutes * 60
         out_of_time = bool(budget) and time.perf_counter() - self._run_started_at >= budget
         seen = torch.stack([self.totals.sums[0], self.totals.sums.new_tensor(float(out_of_time))])
@@ -248,9 +249,6 @@ class Worker:
             dist.all_reduce(seen)
         self._require_finite(seen)
         self._out_of_time = bool(budget) and seen[1].item() > 0
-        if self.position.step % AGREE_STEPS == 0 and self.context.preempted() and not self._warned:
-            self._warned = True
-            self._checkpoint()
 
     def _checkpoint(self) -> None:
         """In mid-epoch: what has no val accuracy yet never counts as the best."""
@@ -269,10 +267,10 @@ class Worker:
         self.context.report(metrics, checkpoint)
 
     def _require_finite(self, sums: Tensor) -> None:
-        """Raise NonFiniteLoss if a sum is not a number any more. Waits for the device."""
+        """Raise RunFailed if a sum is not a number. Waits for the device."""
         if not bool(sums.isfinite().all()):
             step = self.position.epoch * self.num_batches + self.position.step
-            raise NonFiniteLoss(
+            raise RunFailed(
                 f"the loss is not finite after step {step} (epoch {self.position.epoch + 1}); lower --lr "
                 f"(now {self.config.optim.lr:g}), add --warmup 0.1 or --clip-norm 1, or use --precision fp32"
             )
@@ -309,9 +307,12 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     averager = build_averager(network, config.optim)
     model: nn.Module = network
     if config.train.compile:
-        model = torch.compile(network)  # pyright: ignore[reportAssignmentType]
+        # Static shapes: a resumed run compiles each size as the first run did.
+        model = torch.compile(network, dynamic=False)  # pyright: ignore[reportAssignmentType]
     if context.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Looking for unused parameters keeps DDP from sorting its buckets anew after the first step, whereupon three or
+        # more workers would add up gradients in another order than after a resume.
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = build_optimizer(network, config.optim, config.train.batch_size)
     return Training(network=network, model=model, optimizer=optimizer, averager=averager)
 

@@ -3,44 +3,52 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 from cifar.cli import command_line, run_job
+from cifar.config import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    model: Path
-    """Model folder, or the run folder around it; the report shows the learning curves of a run."""
+    model: str
+    """Model folder or URI, or the run's around it; the report shows the learning curves of a run."""
     data: str = ""
     """Data set, as in jobs/train.py; empty: the one that the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
     """Which part of the data."""
     output: str = "./report"
-    """Folder for report.html, report.json and figures."""
+    """Folder or URI for report.html, report.json and figures."""
 
 
 def evaluate_model(flags: Flags) -> dict[str, Any]:
     """Evaluate a model on labelled images and write a report."""
     # Not above: --help needs neither Ray nor torch.
+    from cifar.cluster import start_ray
     from cifar.data import prepare
+    from cifar.data.prepared import exists, join, parent
     from cifar.evaluate import evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import read_history, write_report
+    from cifar.run_dir import local_model, writable
 
-    folder = flags.model / "model" if (flags.model / "model").is_dir() else flags.model
-    predictor = Predictor(folder)
-    config = predictor.info.config.data
-    prepared = prepare(replace(config, data=flags.data or config.data))
+    model = join(flags.model, "model") if exists(join(flags.model, "model/config.json")) else flags.model
+    if not exists(join(model, "config.json")):
+        raise ConfigError(f"--model {flags.model}: no model there; name the folder of a run or of a model")
+    with local_model(model) as folder:
+        predictor = Predictor(folder)
+    history = read_history(join(parent(model), "metrics.jsonl"))
+    config = replace(predictor.info.config.data, data=flags.data or predictor.info.source)
+    prepared = prepare(config, partial(start_ray, verbose=False))
     evaluation = evaluate(predictor, prepared, flags.split)
-    report = write_report(
-        flags.output, evaluation, history=read_history(folder.parent / "metrics.jsonl"), command=command_line()
-    )
+    with writable(flags.output) as folder:
+        write_report(folder, evaluation, history=history, command=command_line())
+    report = join(flags.output, "report.html")
     low, high = evaluation.accuracy_ci95
     print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} {flags.split} images")
     print(f"report: {report}")
-    return to_dict(evaluation) | {"report": str(report)}
+    return to_dict(evaluation) | {"report": report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ class Flags:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     output: str = "./data-report"
-    """Folder for data_report.html and data_report.json."""
+    """Folder or URI for data_report.html and data_report.json."""
 
 
 def prepare_data(flags: Flags) -> dict[str, Any]:
@@ -23,12 +23,19 @@ def prepare_data(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
+    from cifar.data.prepared import join
     from cifar.report import write_data_report
+    from cifar.run_dir import writable
 
     prepared = prepare(flags.data, partial(start_ray, verbose=False))
-    report = write_data_report(flags.output, prepared, flags.augment, command=command_line())
+    with writable(flags.output) as folder:
+        write_data_report(folder, prepared, flags.augment, command=command_line())
+    report = join(flags.output, "data_report.html")
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     print(f"{prepared.source}: {counts}, {prepared.quarantined:,} quarantined")
+    within, across = prepared.duplicates["within_train"], prepared.duplicates["train_test"]
+    if within or across:
+        print(f"duplicates: {within:,} within train, {across:,} of test in train")
     print(f"prepared set: {prepared.path}")
     print(f"report: {report}")
     return {
@@ -37,7 +44,7 @@ def prepare_data(flags: Flags) -> dict[str, Any]:
         "fingerprint": prepared.fingerprint,
         "counts": prepared.counts,
         "quarantined": prepared.quarantined,
-        "report": str(report),
+        "report": report,
     }
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cifar.cli import command_line, run_job
@@ -22,6 +23,8 @@ def train(config: Config) -> dict[str, Any]:
 
     with local_model(run.model) as model, writable(run.path) as folder:
         evaluation = evaluate(Predictor(model), run.prepared, split="test")
+        # The model's folder knows the time up to its epoch, the run knows the whole.
+        evaluation = replace(evaluation, train_seconds=run.train_seconds)
         write_report(folder, evaluation, history=run.history, command=command_line())
     low, high = evaluation.accuracy_ci95
     print(f"{run.stopped}: {len(run.history)} epochs in {run.train_seconds:.1f} s")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cifar.cli import command_line, parse_config, run_job
-from cifar.config import AugmentConfig, Config, ConfigError, DataConfig, RunConfig, TrainConfig
+from cifar.cli import command_line, run_job
+from cifar.config import AugmentConfig, Config, ConfigError, DataConfig, RunConfig, RunFailed, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +45,24 @@ def test_groups_are_flat_and_what_is_not_given_keeps_its_default():
 
 def test_a_recipe_is_the_default_and_flags_win_over_it():
     recipe = RECIPES["long"]
-    found = parse_config(recipe, ["--widths", "32", "64", "--lr", "0.1", "--sizes", "24", "32", "--gpu"])
+    found = []
+    flags = ["--widths", "32", "64", "--lr", "0.1", "--scales", "0.75", "1", "--gpu"]
+    assert run_job(collect(found), recipe, flags) == 0
     expected = replace(
         recipe,
         model=replace(recipe.model, widths=(32, 64)),
         optim=replace(recipe.optim, lr=0.1),
-        train=replace(recipe.train, sizes=(24, 32)),
+        train=replace(recipe.train, scales=(0.75, 1.0)),
         run=RunConfig(gpu=True),
     )
-    assert found == expected
-    assert parse_config(expected, ["--no-gpu", "--sizes"]) == replace(
-        expected, run=RunConfig(), train=replace(recipe.train, sizes=())
-    )
+    assert run_job(collect(found), expected, ["--no-gpu"]) == 0
+    assert found == [expected, replace(expected, run=RunConfig())]
 
 
 def test_no_flags_give_the_recipe_itself():
-    assert parse_config(RECIPES["fast"], []) == RECIPES["fast"]
+    found = []
+    assert run_job(collect(found), RECIPES["fast"], []) == 0
+    assert found == [RECIPES["fast"]]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_logging_is_left_as_it_was_found():
     ("argv", "message"),
     [
         (["--lr", "-1"], "error: --lr -1.0: use a positive number"),
-        (["--widths", "0"], "error: --widths 0: give one positive channel count per group"),
+        (["--widths", "0"], "error: --widths 0: give one channel count"),
         (["--batch-size", "7", "--accumulate", "2"], "error: --batch-size 7: make it a multiple of --accumulate 2"),
         (["--recipe", "long", "--workers", "x"], "error: --workers x: use a count"),
     ],
@@ -160,7 +162,9 @@ def failing(error: BaseException):
     ("error", "code", "words"),
     [
         (ConfigError("--data x: not found"), 2, "error: --data x: not found\n"),
-        (RuntimeError("loss is nan"), 1, "RuntimeError: loss is nan\n"),
+        (ConfigError("cat\n\x1b[2J\x1b]0;me\x07\x9b\rdog.png"), 2, "error: cat ]0;me dog.png\n"),
+        (RunFailed("loss is nan; lower --lr"), 1, "failed: loss is nan; lower --lr\n"),
+        (RuntimeError("loss is \x1b[31mnan"), 1, "RuntimeError: loss is nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -168,7 +172,17 @@ def test_what_a_job_raises_decides_the_exit_code(error, code, words, capsys):
     assert run_job(failing(error), Flags, ["--model", "m"]) == code
     err = capsys.readouterr().err
     assert err.endswith(words)
-    assert ("Traceback" in err) == (code == 1)
+    assert ("Traceback" in err) == (type(error) is RuntimeError)
+    assert (err.count("\n") == 1) == (type(error) is not RuntimeError)
+
+
+def test_names_in_progress_lines_cannot_command_the_terminal(capsys):
+    def job(flags: Flags) -> dict[str, Any]:
+        logging.getLogger("cifar.data").warning("bad: %s", "\x1b[1;31mcat\x07\x1b[0m\ngood: dog\x7f.png")
+        return {}
+
+    assert run_job(job, Flags, ["--model", "m"]) == 0
+    assert capsys.readouterr().err == "bad: cat good: dog.png\n"
 
 
 def test_the_command_to_repeat_a_job_survives_a_shell(monkeypatch):

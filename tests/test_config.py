@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,22 @@ def test_bad_value_names_its_flag(group: type, values: dict[str, object], flag: 
 def test_batch_must_divide_into_micro_batches() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 500.*--accumulate 3"):
         Config(optim=OptimConfig(accumulate=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": RunConfig(workers="1:3")}, r"--batch-size 500: does not divide among 3 workers; use --batch-size 498"),
+        ({"run": RunConfig(workers="0"), "augment": AugmentConfig(augment_on="data")}, "--augment-on data"),
+        ({"run": RunConfig(workers="0", storage="s3://bucket/runs")}, "--storage s3://bucket/runs"),
+        ({"train": TrainConfig(loader="resident"), "augment": AugmentConfig(augment_on="data")}, "--loader resident"),
+        ({"model": ModelConfig(model="notebook"), "train": TrainConfig(scales=(0.5, 1.0))}, r"--scales 0\.5 1\.0"),
+        ({"model": ModelConfig(model="notebook", widths=(8,) * 6)}, "--widths"),
+    ],
+)
+def test_contradicting_flags_are_refused_at_once(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config(**changes)
 
 
 def test_unknown_and_missing_keys_are_refused() -> None:

@@ -1,8 +1,13 @@
 """Every odd kind of image becomes the right RGB pixels; every kind of bad one its reason."""
 
+import io
+import struct
+from contextlib import suppress
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 from cifar.data.decode import BadImage, decode
 from tests.images import bad_images, encode, noise
@@ -114,7 +119,7 @@ def test_reduced_jpeg_decoding_matches_full_decoding():
         )
     )
     data = encode(image, "jpeg", quality=95)
-    reference = np.asarray(Image.open(__import__("io").BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC), int)
+    reference = np.asarray(Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC), int)
     assert np.abs(decode(data, 32, "crop").astype(int) - reference).max() <= 3
 
 
@@ -142,3 +147,54 @@ def test_formats_that_run_programs_stay_shut():
     """EPS would start Ghostscript."""
     with pytest.raises(BadImage, match="not an image"):
         decode(encode(flat("RGB", (1, 2, 3)), "eps"), 8, "crop")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_odd_metadata_spoils_no_photo_and_its_orientation_counts(kind: str):
+    """A tag of a type that Pillow reads and cannot write again: exif_transpose fails on it."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    # Little-endian TIFF with two tags: orientation 3, and a resolution that is text.
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + b"\0\0\0\0"
+    data = encode(Image.fromarray(pixels), kind, exif=exif)
+    with pytest.raises(TypeError), Image.open(io.BytesIO(data)) as image:
+        ImageOps.exif_transpose(image)
+    assert decode(data, 32, "crop")[28, 16].min() > 200
+
+
+def test_unreadable_exif_spoils_no_photo():
+    data = encode(Image.fromarray(noise(1)), exif=b"Exif\0\0nonsense")
+    np.testing.assert_array_equal(decode(data, 32, "crop"), noise(1))
+
+
+@pytest.mark.parametrize("error", [MemoryError, OverflowError, SystemError, RecursionError])
+@pytest.mark.parametrize("place", ["convert", "resize", "load"])
+def test_whatever_a_codec_raises_is_a_bad_image(place: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch):
+    data = encode(flat("CMYK", (255, 0, 0, 0), (16, 16)), "tiff")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TiffImageFile, place, fail)
+    monkeypatch.setattr(Image.Image, place, fail)
+    with pytest.raises(BadImage, match=r"damaged|bomb"):
+        decode(data, 8, "crop")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "tiff", "bmp", "ppm"])
+def test_random_damage_gives_pixels_or_a_reason(kind: str):
+    data = encode(Image.fromarray(noise(3, 16)), kind)
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[generator.integers(0, min(len(data), 200), 4)] = generator.integers(0, 256, 4)
+        with suppress(BadImage):
+            decode(damaged.tobytes(), 8, "pad")
+
+
+def test_huge_files_are_refused_by_their_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cifar.data.decode.MAX_BYTES", 100)
+    with pytest.raises(BadImage, match="file too large"):
+        decode(encode(Image.fromarray(noise(1))), 32, "crop")

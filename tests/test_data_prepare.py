@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 import types
@@ -42,8 +43,7 @@ def labels(prepared: Prepared, split: str) -> list[int]:
 
 
 def quarantine(prepared: Prepared) -> dict[str, tuple[str | None, str]]:
-    rows = pq.read_table(f"{prepared.path}/quarantine.parquet").to_pylist()
-    return {row["id"]: (row["label"], row["reason"]) for row in rows}
+    return {row.id: (row.label, row.reason) for row in prepared.quarantine()}
 
 
 def test_folder_pixels_labels_and_ids_are_the_files(tmp_path: Path):
@@ -137,8 +137,25 @@ def test_bad_rows_are_quarantined_with_the_right_reason(tmp_path: Path, caplog: 
     assert f"{len(expected)} of 220 rows are bad" in caplog.text
     assert quarantine(prepared)["test/class_9/unknown.png"] == ("class_9", "label out of range")
     assert quarantine(prepared)["train/stray.png"][0] is None
-    paths = pq.read_table(f"{prepared.path}/quarantine.parquet").column("path").to_pylist()
-    assert all(Path(path).exists() for path in paths)
+    assert all(Path(row.path).exists() for row in prepared.quarantine())
+
+
+def test_pipes_and_sockets_in_a_class_folder_are_passed_by(tmp_path: Path):
+    """Opening one would wait for ever."""
+    write_folder(tmp_path / "set")
+    before = prepare(config(tmp_path / "set"))
+    os.mkfifo(tmp_path / "set/class_0/pipe.png")
+    os.symlink("/dev/zero", tmp_path / "set/class_0/zero.png")
+    assert prepare(config(tmp_path / "set")) == before
+
+
+def test_a_huge_file_is_quarantined_unread(tmp_path: Path):
+    write_folder(tmp_path / "set")
+    with open(tmp_path / "set/class_0/huge.png", "wb") as file:
+        file.truncate((256 << 20) + 1)
+    assert quarantine(prepare(config(tmp_path / "set", max_bad=0.1))) == {
+        "class_0/huge.png": ("class_0", "file too large")
+    }
 
 
 def test_too_many_bad_rows_stop_with_names_and_leave_nothing(tmp_path: Path, cache: Path):
@@ -213,7 +230,17 @@ def test_duplicates_are_counted_and_named(tmp_path: Path):
     assert sorted(found["pairs"][1]) == ["train/class_0/0004.png", "train/class_0/twin.bmp"]
 
 
-HUB = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}})}
+def hub(*names: str) -> dict[str, str]:
+    return {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})}
+
+
+HUB = hub("cat", "dog")
+
+
+def test_class_names_may_stand_in_one_file_alone(tmp_path: Path):
+    write_parquet(tmp_path / "set/test-0.parquet", [png(seed) for seed in range(50, 60)], [0, 1] * 5)
+    write_parquet(tmp_path / "set/train-0.parquet", [png(seed) for seed in range(20)], [0, 1] * 10, HUB)
+    assert prepare(config(tmp_path / "set")).classes == ("cat", "dog")
 
 
 def test_parquet_in_the_hubs_layout(tmp_path: Path):
@@ -309,7 +336,7 @@ def assert_same_files(one: Prepared, two: Prepared) -> None:
 
 def test_processes_write_the_same_files(inline: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(execute, "_INLINE_ROWS", 0)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(execute, "usable_cpus", lambda: 2)
     assert_same_files(prepare(config(tmp_path / "set", max_bad=0.2)), inline)
 
 
@@ -322,7 +349,7 @@ def test_an_early_stop_ends_the_processes_and_leaves_nothing(
         (tmp_path / f"set/class_0/bad_{number}.png").write_bytes(b"bad")
     monkeypatch.setattr("cifar.data.rows._CHUNK_ROWS", 16)
     monkeypatch.setattr(execute, "_INLINE_ROWS", 0)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(execute, "usable_cpus", lambda: 2)
     with pytest.raises(ConfigError, match="at least"):
         prepare(config(tmp_path / "set"))
     assert list((cache / "prepared").iterdir()) == []
@@ -361,7 +388,7 @@ def test_a_dead_worker_process_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     write_folder(tmp_path / "set")
     monkeypatch.setattr(execute, "_INLINE_ROWS", 0)
     monkeypatch.setattr("cifar.data.rows._CHUNK_ROWS", 16)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(execute, "usable_cpus", lambda: 2)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RuntimeError, match="worker process died"):
         prepare(config(tmp_path / "set"))
@@ -409,11 +436,33 @@ def test_uris_for_source_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "rest.parquet: no split in its name",
         ),
         (lambda root: write_parquet(root / "test-0.parquet", [png(0)], [0]), "no training images"),
+        (
+            lambda root: (
+                write_parquet(root / "train-0.parquet", [png(0)], [0], HUB),
+                write_parquet(root / "train-1.parquet", [png(0)], [0], hub("dog", "cat")),
+            ),
+            "train-1.parquet: its class names are not those of the files before",
+        ),
+        (
+            lambda root: write_parquet(root / "train-0.parquet", [png(0)], [0], hub("cat", "dog", "cat")),
+            "train-0.parquet: two of its classes are named 'cat'",
+        ),
+        (
+            lambda root: write_parquet(root / "train-0.parquet", [b""] * 100_001, list(range(100_001))),
+            "train-0.parquet: column label holds more than 100,000 classes",
+        ),
     ],
 )
 def test_unusable_sources_are_one_clear_error(tmp_path: Path, make, message: str):
     make(tmp_path / "set")
     with pytest.raises(ConfigError, match=message):
+        prepare(config(tmp_path / "set"))
+
+
+def test_more_class_folders_than_a_model_takes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cifar.data.rows._MAX_CLASSES", 2)
+    write_folder(tmp_path / "set", classes=3)
+    with pytest.raises(ConfigError, match="more than 2 class folders"):
         prepare(config(tmp_path / "set"))
 
 

@@ -218,3 +218,9 @@ def test_another_image_size_is_refused_with_the_remedy(prepared, predictor):
 def test_a_split_without_images_is_refused_and_the_others_are_named(prepared, predictor, split):
     with pytest.raises(ConfigError, match=rf"--split {split}.*train, val"):
         evaluate(predictor, replace(prepared, counts={"train": 40, "val": 8, "test": 0}), split)
+
+
+@pytest.mark.parametrize("value", ["1.5", None, [], {}, True, -1, float("nan"), 10**400])
+def test_a_training_time_that_is_none_is_left_out(prepared, value):
+    predictor = Predictor(replace(loaded_model(SIZE), metrics={"train_seconds": value}), device="cpu")
+    assert evaluate(predictor, prepared, "val").train_seconds is None

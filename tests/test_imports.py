@@ -15,11 +15,11 @@ MODULES = {
 }
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"config"},
+    {"config", "machine"},
     {"augment", "models", "optim", "metrics"},
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "worker", "predictor"},
-    {"local", "ray_worker", "evaluate"},
+    {"local", "ray_job", "ray_worker", "lean_trainer", "evaluate"},
     {"train", "report"},
     {"recipes", "cli"},
 ]
@@ -35,7 +35,7 @@ WITHOUT_RAY = [
     "predictor",
     "evaluate",
 ]
-TRAINING, ANSWERING = {"train", "local", "ray_worker", "worker"}, {"predictor", "evaluate", "report"}
+TRAINING, ANSWERING = {"train", "local", "ray_worker", "worker", "ray_job"}, {"predictor", "evaluate", "report"}
 
 
 def imported(path: Path) -> set[str]:

@@ -7,9 +7,10 @@ import torch
 
 from cifar.augment import augment
 from cifar.config import AugmentConfig, Config, ConfigError
-from cifar.data import Prepared
-from cifar.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream, share
-from cifar.data.prepared import to_arrays
+from cifar.data import Prepared, loader
+from cifar.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream
+from cifar.data.prepared import RowRange, to_arrays
+from cifar.data.shares import share
 from cifar.data.stream import augment_table
 
 COLUMNS = ["image", "label", "index"]
@@ -32,6 +33,12 @@ def make(prepared: Prepared, kind: str, rank: int = 0, world_size: int = 1, batc
 
 def indices(batches: Iterable[Batch]) -> list[int]:
     return [index for batch in batches for index in batch.indices.tolist()]
+
+
+def split_finely(prepared: Prepared, split: str) -> list[RowRange]:
+    """Row groups of 30 rows."""
+    (part,) = prepared.parts[split]
+    return [RowRange(part.name, start, min(start + 30, part.rows)) for start in range(0, part.rows, 30)]
 
 
 kinds = pytest.mark.parametrize("kind", ["resident", "streaming"])
@@ -87,6 +94,21 @@ def test_streaming_mixes_rows_of_different_groups(prepared: Prepared) -> None:
     """With a window as large as the set, neighbours in the file do not stay neighbours."""
     order = torch.tensor(indices(make(prepared, "streaming").epoch(0)))
     assert (order.diff().abs() == 1).float().mean() < 0.05
+
+
+def test_streaming_with_a_small_window_gives_full_batches_and_every_row(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for large images, of which few fit the window; and with one epoch to a stream, as for large sets."""
+    monkeypatch.setattr(loader, "SHUFFLE_BYTES", 1)
+    monkeypatch.setattr(loader, "STREAM_RANGES", 1)
+    monkeypatch.setattr(Prepared, "row_groups", split_finely)
+    for batch_size in (44, 132, 396):
+        found = make(prepared, "streaming", batch_size=batch_size)
+        for epoch in range(2):
+            batches = list(found.epoch(epoch))
+            assert [len(batch.labels) for batch in batches] == [batch_size] * (396 // batch_size)
+            assert len(set(indices(batches))) == 396
 
 
 def test_a_stream_left_early_starts_afresh(prepared: Prepared) -> None:

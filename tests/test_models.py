@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
-from cifar.model_dir import ModelInfo, load_model, save_model
+from cifar.model_dir import ModelInfo, load_model, model_card, save_model
 from cifar.models import Classifier, build_model
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
@@ -114,3 +115,73 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_notebook_fits_its_image_size() -> None:
     config = replace(NOTEBOOK, data=DataConfig(image_size=48))
     assert build(config)(images(size=48)).shape == (4, 5)
+
+
+def change(values: dict[str, Any], place: str, value: Any) -> None:
+    *parents, last = place.split(".")
+    for name in parents:
+        values = values[name]
+    values[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("normalisation.mean", [1, 2]),
+        ("normalisation.mean", [1, 2, float("nan")]),
+        ("normalisation.mean", [1, 2, 10**400]),
+        ("normalisation.std", [1, 2, "3"]),
+        ("normalisation.std", 3),
+        ("normalisation", []),
+        ("classes", []),
+        ("classes", "abcde"),
+        ("classes", {"a": 1}),
+        ("classes", ["a", "b", "c", "d", "d"]),
+        ("classes", ["a", "b", "c", "d", 5]),
+        ("classes", ["a", "b", "c", "d", ["e"]]),
+        ("classes", [str(number) for number in range(100_001)]),
+        ("data", None),
+        ("data.source", 7),
+        ("config", []),
+        ("config.model.widths", [-1]),
+        ("config.optim.lr", 10**400),
+        ("config.data.image_size", 10**9),
+    ],
+)
+def test_a_hostile_description_is_one_error_that_names_the_file(place: str, value: Any, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", build(CNN), info(CNN), {})
+    path = tmp_path / "model/config.json"
+    description = json.loads(path.read_text())
+    change(description, place, value)
+    path.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_model(path.parent)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 10_000, "null", "\x00"])
+def test_json_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_a_huge_network_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    """Its dense layer would take 64 GiB."""
+    save_model(tmp_path / "model", build(NOTEBOOK), info(NOTEBOOK), {})
+    path = tmp_path / "model/config.json"
+    description = json.loads(path.read_text())
+    change(description, "config.model.widths", [512])
+    change(description, "config.data.image_size", 1024)
+    path.write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match=r"model\.safetensors: .*blocks"):
+        load_model(tmp_path / "model")
+
+
+def test_names_in_the_model_card_are_text() -> None:
+    nasty = replace(
+        info(CNN), classes=("a|b", "<img src=x>", "[x](http://x)", "`c`\n# d", "\x1b[2J\u202ee"), source="*my* set_1"
+    )
+    card = model_card(nasty, {"val_accuracy": 0.5})
+    assert card.startswith("# cnn on \\*my\\* set\\_1\n")
+    assert r"a\|b, \<img src=x\>, \[x\](http://x), \`c\` \# d,  \[2J e." in card
+    assert "\x1b" not in card

@@ -4,8 +4,8 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from cifar.report.evaluation import calibration_sentence
 from cifar.report.history import verdict
 from jobs import evaluate as evaluate_job
 from jobs import prepare as prepare_job
+from tests.images import write_folder
 from tests.test_evaluate import CLASSES, SIZE, write_prepared
 from tests.test_predictor import loaded_model
 
@@ -215,23 +216,31 @@ def test_a_history_has_one_row_per_epoch_the_last_written(tmp_path):
     assert read_history(tmp_path / "none.jsonl") == []
 
 
-def test_a_damaged_history_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[" * 100_000,
+        "[1]",
+        "7",
+        "\udcff",
+        json.dumps({**history([1.0])[0], "val_loss": "low"}),
+        json.dumps({**history([1.0])[0], "lr": None}),
+        json.dumps({**history([1.0])[0], "epoch": [1]}),
+        json.dumps(history([1.0])[0]) + "\n" + json.dumps({**history([1.0])[0], "epoch": "2"}),
+    ],
+)
+def test_a_damaged_history_is_named(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         read_history(tmp_path / "metrics.jsonl")
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch):
-    page.write(tmp_path / "a.html", "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+def test_an_interrupted_write_leaves_no_remains(tmp_path):
+    (tmp_path / "a.html/full").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"a\.html"):
         page.write(tmp_path / "a.html", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
-    assert (tmp_path / "a.html").read_text() == "old"
 
 
 def test_small_pictures_are_kept_exactly_and_large_ones_become_small():
@@ -319,9 +328,11 @@ def test_the_jobs_prepare_and_evaluate_a_model_end_to_end(tmp_path, monkeypatch,
     save_model(tmp_path / "run/model", loaded.model, dataclasses.replace(loaded.info, config=config), loaded.metrics)
     rows = history([1.0, 0.8, 0.7, 0.69])
     (tmp_path / "run/metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for model in ("run", "run/model"):
-        out = tmp_path / "out" / model
-        assert evaluate_job.main(["--model", str(tmp_path / model), "--output", str(out), "--json"]) == 0
+    places = [(str(tmp_path / model), str(tmp_path / "out" / model)) for model in ("run", "run/model")]
+    places += [(f"file://{model}", f"file://{out}_far") for model, out in places]
+    for model, out in places:
+        assert evaluate_job.main(["--model", model, "--output", out, "--json"]) == 0
+        out = Path(out.removeprefix("file://"))
         said = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert said["count"] == prepared.counts["test"]
         assert said["accuracy"] == json.loads((out / "report.json").read_text())["accuracy"]
@@ -337,8 +348,32 @@ def test_help_has_a_line_of_text_and_the_default_of_each_flag(job, capsys):
     assert text.count("(default:") + text.count("(required)") >= len(flags)
 
 
-def test_a_missing_model_is_bad_usage_in_one_line(tmp_path, capsys):
-    assert evaluate_job.main(["--model", str(tmp_path / "none")]) == 2
+def test_the_default_data_is_what_auto_took(tmp_path, capsys):
+    """Where CIFAR-10 appears later, a model of digits still meets digits."""
+    loaded = loaded_model(16, tuple("0123456789"))
+    config = dataclasses.replace(loaded.info.config, data=DataConfig(data="auto", image_size=16))
+    save_model(tmp_path / "model", loaded.model, dataclasses.replace(loaded.info, config=config), loaded.metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR10_DIR", str(tmp_path / "elsewhere"))
+        assert evaluate_job.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["data"] == "digits"
+
+
+def test_prepare_says_duplicates_and_writes_to_uris(tmp_path, capsys):
+    write_folder(tmp_path / "set/train")
+    write_folder(tmp_path / "set/test", per_class=5, seed=500)
+    flags = ["--data", str(tmp_path / "set"), "--output", f"file://{tmp_path}/far"]
+    assert prepare_job.main(flags) == 0
+    assert "duplicates: " not in capsys.readouterr().out
+    shutil.copy(tmp_path / "set/train/class_0/0003.png", tmp_path / "set/train/class_0/again.png")
+    assert prepare_job.main([*flags, "--val-fraction", "0.01"]) == 0
+    assert "duplicates: 1 within train, 0 of test in train\n" in capsys.readouterr().out
+    assert (tmp_path / "far/data_report.html").exists()
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_missing_model_is_bad_usage_in_one_line(tmp_path, capsys, scheme):
+    assert evaluate_job.main(["--model", f"{scheme}{tmp_path}/none"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

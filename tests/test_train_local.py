@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cifar.config import Config, ConfigError
+from cifar.config import Config, ConfigError, RunFailed
+from cifar.data import Prepared
 from cifar.local import LocalContext
 from cifar.loop import epoch_size, resize
 from cifar.model_dir import load_model
-from cifar.run_dir import local_model, writable
+from cifar.run_dir import RunDir, local_model, writable
 from cifar.train import Run, default_name, fit
-from cifar.worker import NonFiniteLoss
 
 
 class Interrupted(Exception):
@@ -144,7 +144,7 @@ def test_patience_stops_early_and_keeps_the_best(here: Config) -> None:
 
 def test_broken_loss_names_step_and_remedy(here: Config) -> None:
     config = replace(here, optim=replace(here.optim, optimizer="sgd", lr=1e20))
-    with pytest.raises(NonFiniteLoss, match=r"after step [1-9] .*--lr"):
+    with pytest.raises(RunFailed, match=r"after step [1-9] .*--lr"):
         fit(config)
 
 
@@ -163,28 +163,40 @@ def test_micro_batches_do_the_step_of_the_whole_batch(here: Config) -> None:
     assert two.history[-1]["train_loss"] == pytest.approx(one.history[-1]["train_loss"], rel=0.5)
 
 
-def test_sizes_hold_for_equal_shares_of_the_epochs(here: Config) -> None:
-    train = replace(here.train, epochs=5, sizes=(8, 12, 16))
+def test_scales_hold_for_equal_parts_of_the_epochs(here: Config) -> None:
+    train = replace(here.train, epochs=5, scales=(0.5, 0.75, 1.0))
     assert [epoch_size(train, 16, epoch) for epoch in range(5)] == [8, 8, 12, 12, 16]
+    assert epoch_size(replace(train, scales=(0.25,)), 16, 0) == 8, "no less than the networks take"
     images = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
     torch.testing.assert_close(resize(images, 12), torch.full((2, 3, 12, 12), 100.0))
     assert resize(images, 16) is images
-    assert len(fit(named(here, "sizes", sizes=(8, 16))).history) == 3
+    assert len(fit(named(here, "scales", scales=(0.5, 1.0))).history) == 3
 
 
-def test_default_name_is_that_of_the_same_command() -> None:
+def test_default_name_is_that_of_the_same_command_on_the_same_data(prepared: Prepared) -> None:
     config = Config()
     moved = replace(config, run=replace(config.run, storage="/elsewhere", workers="2"))
-    assert default_name(config) == default_name(moved)
-    assert default_name(config) != default_name(replace(config, train=replace(config.train, seed=1)))
-    assert default_name(config).startswith("cifar10-cnn-")
+    name = default_name(config, prepared)
+    assert default_name(moved, prepared) == name
+    assert default_name(replace(config, train=replace(config.train, seed=1)), prepared) != name
+    assert default_name(config, replace(prepared, fingerprint="other")) != name
 
 
-def test_flags_that_need_ray_are_refused_in_process(here: Config) -> None:
-    with pytest.raises(ConfigError, match="--augment-on data"):
-        fit(replace(here, augment=replace(here.augment, augment_on="data")))
-    with pytest.raises(ConfigError, match="--storage"):
-        fit(replace(here, run=replace(here.run, storage="s3://bucket/runs")))
+def test_a_batch_larger_than_the_data_is_refused_before_the_run_folder_exists(here: Config) -> None:
+    with pytest.raises(ConfigError, match=r"--batch-size 400.*--batch-size 396"):
+        fit(named(here, "large", batch_size=400))
+    assert not Path(here.run.storage).exists()
+
+
+def test_a_second_process_on_the_same_run_is_refused(here: Config) -> None:
+    run = fit(named(here, "busy"))
+    with RunDir(run.path).lock(), pytest.raises(ConfigError, match="another process"):
+        fit(named(here, "busy"))
+
+
+def test_time_budget_holds_in_epochs_of_one_step(here: Config) -> None:
+    run = fit(named(here, "steps", epochs=10_000, batch_size=396, max_minutes=0.02))
+    assert run.stopped.startswith("time budget spent")
 
 
 def test_preemption_notice_writes_one_checkpoint_at_once(here: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cifar.config import Config, ConfigError
-from cifar.train import TrainingFailed, fit
+from cifar.config import Config, ConfigError, RunFailed
+from cifar.train import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_streaming_on_ray_equals_streaming_here_wherever_augmentation_runs(here:
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_restart_cannot_mend_fails_once_with_its_reason(here: Config) -> None:
     config = replace(named(here, "broken", "1"), optim=replace(here.optim, optimizer="sgd", lr=1e20))
-    with pytest.raises(TrainingFailed, match=r"loss is not finite.*--lr"):
+    with pytest.raises(RunFailed, match=r"loss is not finite.*--lr"):
         fit(config)
 
 
@@ -104,7 +104,7 @@ class Job:
         self.folder = Path(config.run.storage) / name
         self._command = [
             *(sys.executable, "jobs/train.py", "--data", config.data.data, "--image-size", "16", "--widths", "8", "16"),
-            *("--batch-size", "44", "--epochs", "40", "--sizes", "16", "--checkpoint-steps", "5", "--average", "ema"),
+            *("--batch-size", "44", "--epochs", "40", "--scales", "1", "--checkpoint-steps", "5", "--average", "ema"),
             *("--workers", str(workers), "--storage", config.run.storage, "--name", name),
         ]
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cifar.config import ConfigError, Resize
-from cifar.data.decode import EMPTY, BadImage, decode_row
+from cifar.data.decode import EMPTY, FILE_TOO_LARGE, MAX_BYTES, BadImage, decode_row
 from cifar.data.prepared import SPLITS, Part, filesystem, join
 from cifar.data.splits import TEST, TRAIN
 
@@ -124,8 +124,8 @@ def _file_rows(chunk: Chunk) -> Iterator[tuple[str, str, bytes | BadImage]]:
 
     def read(name: str) -> bytes | BadImage:
         try:
-            with files.open_input_stream(f"{root}/{name}") as stream:
-                return stream.read()
+            with files.open_input_file(f"{root}/{name}") as stream:
+                return stream.read() if stream.size() <= MAX_BYTES else BadImage(FILE_TOO_LARGE)
         except (FileNotFoundError, PermissionError):
             return BadImage("cannot be read")
 

@@ -6,21 +6,34 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cifar.config import Resize
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before their pixels are decoded: Pillow's default limit, here an error."""
+MAX_BYTES = 256 << 20
+"""Larger files are refused before they are read."""
 
 EMPTY = "empty file"
 NOT_AN_IMAGE = "not an image"
 DAMAGED = "truncated or damaged"
 TOO_LARGE = "decompression bomb"
+FILE_TOO_LARGE = "file too large"
 
 _BACKGROUND = "white"
 _COMMON = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 _OTHER = ("TIFF", "WEBP", "AVIF", "JPEG2000")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIGNATURE = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s|II\*\0|MM\0\*"
     rb"|RIFF.{4}WEBP|\0\0\0\x0cjP  |.{4}ftypavif",
@@ -61,19 +74,21 @@ def decode_row(data: bytes, image_size: int, resize: Resize) -> Decoded:
         # JPEG can decode at 1/2, 1/4 or 1/8 for a fraction of the time; twice the target keeps the resize honest.
         image.draft(mode, (2 * image_size, 2 * image_size))
         image.load()
-        # Reading EXIF costs a third of decoding a small PNG, so not for files without any metadata.
-        if image.info or image.format == "TIFF":
-            ImageOps.exif_transpose(image, in_place=True)
-    except MemoryError:
+        pixels = _to_square(_to_rgb(_upright(image)), image_size, resize).tobytes()
+    except BadImage:
         raise
+    except MemoryError as error:
+        raise BadImage(TOO_LARGE) from error
     except Exception as error:  # a damaged file can raise anything from a codec
         raise BadImage(DAMAGED) from error
-    return Decoded(_to_square(_to_rgb(image), image_size, resize).tobytes(), size, mode)
+    return Decoded(pixels, size, mode)
 
 
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage(EMPTY)
+    if len(data) > MAX_BYTES:
+        raise BadImage(FILE_TOO_LARGE)
     image = _identify(data, _COMMON) or _identify(data, _other_formats())
     if image is None:
         raise BadImage(DAMAGED if _SIGNATURE.match(data) else NOT_AN_IMAGE)
@@ -85,10 +100,8 @@ def _open(data: bytes) -> Image.Image:
 def _identify(data: bytes, formats: tuple[str, ...]) -> Image.Image | None:
     try:
         return Image.open(io.BytesIO(data), formats=formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise BadImage(TOO_LARGE) from error
-    except MemoryError:
-        raise
     except Exception:  # UnidentifiedImageError, or a header that a plug-in chokes on
         return None
 
@@ -98,6 +111,18 @@ def _other_formats() -> tuple[str, ...]:
     """Formats behind Image.init(), which costs 60 ms. The rest of Pillow's formats stay shut: EPS runs Ghostscript."""
     Image.init()
     return tuple(name for name in _OTHER if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says. Not by ImageOps.exif_transpose, which writes all tags anew and fails on odd ones."""
+    # Reading EXIF costs a third of decoding a small PNG, so not for files without any metadata. Pillow turns TIFF.
+    if not image.info:
+        return image
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # metadata that cannot be read spoils no pixels
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 
 from cifar.data.convert import Chunk, Summary, convert_chunk, try_convert
+from cifar.machine import usable_cpus
 
 # Up to here local processes are done before Ray Data has made its plan and started its workers.
 _LOCAL_ROWS = 200_000
@@ -25,7 +26,7 @@ def convert(chunks: list[Chunk], start_ray: Callable[[], object]) -> Generator[S
     """
     rows = sum(len(chunk.labels) for chunk in chunks)
     size = sum(len(chunk.labels) * chunk.row_bytes for chunk in chunks)
-    workers = min(len(os.sched_getaffinity(0)), len(chunks))
+    workers = min(usable_cpus(), len(chunks))
     if rows > _LOCAL_ROWS or size > _LOCAL_BYTES:
         start_ray()
         yield from _on_ray(chunks)

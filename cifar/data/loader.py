@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from cifar.augment import derive_seed
-from cifar.config import ConfigError
 from cifar.data.prepared import Arrays, Prepared, RowRange, to_arrays
+from cifar.data.shares import num_batches, share
 
 EVALUATION_BATCH = 500
 SHUFFLE_BYTES = 64 * 2**20
 """Rows that the streaming loader mixes at a time: 20,000 images of 32x32."""
+STREAM_RANGES = 2000
+"""Row ranges that a stream is opened for: each costs a plan entry up front, and opening a stream costs a second."""
 
 
 class Batch(NamedTuple):
@@ -43,20 +45,6 @@ class Loader(Protocol):
     def sample(self, count: int) -> Tensor:
         """Up to `count` training images, uint8 (n, 3, S, S), always the same ones."""
         ...
-
-
-def share(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and last+1 row of the rank's share of `total` rows: equal shares, what does not divide is left out."""
-    rows = total // world_size
-    return rank * rows, (rank + 1) * rows
-
-
-def num_batches(rows: int, batch_size: int, world_size: int) -> int:
-    """Full batches that each worker gets per epoch; ConfigError when there is not even one."""
-    count = rows // world_size // (batch_size // world_size)
-    if count == 0:
-        raise ConfigError(f"--batch-size {batch_size}: train has only {rows} images; use --batch-size {rows} or less")
-    return count
 
 
 class ResidentLoader:
@@ -92,8 +80,8 @@ class ResidentLoader:
 class StreamingLoader:
     """Row ranges in an order that is new every epoch, opened by `open_stream`, mixed in a window of `SHUFFLE_BYTES`.
 
-    `open_stream` takes the row ranges of all epochs to come, in order, each with its epoch, and yields their tables in
-    that order; it may read ahead. One stream serves the whole run: there is no start-up per epoch.
+    `open_stream` takes the row ranges of the epochs to come, in order, each with its epoch, and yields their tables in
+    that order; it may read ahead. One stream serves many epochs: there is no start-up for each.
     """
 
     def __init__(
@@ -113,15 +101,14 @@ class StreamingLoader:
         self._epochs, self._seed, self._rank, self._world_size = epochs, seed, rank, world_size
         self._per_worker = batch_size // world_size
         self._device = device
-        self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), self._per_worker)
+        self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), 2 * self._per_worker)
         self._stream: Iterator[pa.Table] | None = None
         self._next_epoch = -1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if epoch != self._next_epoch or self._stream is None:
             # The first epoch, or one that was left early.
-            ahead = [(e, rows) for e in range(epoch, self._epochs) for rows in self._row_ranges(e)]
-            self._stream = self._open_stream(ahead)
+            self._stream = self._open_ahead(epoch)
         self._next_epoch = -1
         for number, batch in enumerate(self._mixed(epoch, self._stream)):
             if start <= number < self.num_batches:
@@ -131,6 +118,13 @@ class StreamingLoader:
     def sample(self, count: int) -> Tensor:
         images = next(self._prepared.batches("train", count)).images
         return owned(images).permute(0, 3, 1, 2).to(self._device)
+
+    def _open_ahead(self, epoch: int) -> Iterator[pa.Table]:
+        """The tables of this epoch and all later ones; a stream for as many epochs as make a plan of some size."""
+        at_once = max(STREAM_RANGES // len(self._row_ranges(epoch)), 1)
+        for first in range(epoch, self._epochs, at_once):
+            some = range(first, min(first + at_once, self._epochs))
+            yield from self._open_stream([(e, rows) for e in some for rows in self._row_ranges(e)])
 
     def _row_ranges(self, epoch: int) -> list[RowRange]:
         """The worker's share of an epoch: all row groups in random order, cut into equal runs of rows."""

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pyarrow import fs
 
 from cifar.config import ConfigError
-from cifar.data.prepared import absolute, filesystem, join, write_file
+from cifar.data.prepared import absolute, exists, join, write_file
 
 NAMES = ("cifar10", "cifar100", "digits", "auto")
 _DOWNLOAD_TIMEOUT_SECONDS = 30
@@ -42,24 +41,19 @@ def locate(name: str) -> tuple[str, str]:
             return locate("digits")
     if name == "digits":
         path = join(cache_folder(), f"sources/digits-{version('scikit-learn')}.parquet")
-        if not _exists(path):
+        if not exists(path):
             _write_digits(path)
         return name, path
     variable = f"{name.upper()}_DIR"
     path = os.environ.get(variable)
     if path:
-        if not _exists(path):
+        if not exists(path):
             raise ConfigError(f"--data {name}: ${variable} is {path}, which does not exist; mend or unset it")
         return name, path
     path = join(cache_folder(), f"sources/{name}")
-    if not all(_exists(join(path, f"{split}.parquet")) for split in ("train", "test")):
+    if not all(exists(join(path, f"{split}.parquet")) for split in ("train", "test")):
         _download(name, path, variable)
     return name, path
-
-
-def _exists(path: str) -> bool:
-    files, root = filesystem(path)
-    return files.get_file_info(root).type != fs.FileType.NotFound
 
 
 def _download(name: str, path: str, variable: str) -> None:

@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,17 @@ from cifar.config import ConfigError, DataConfig
 from cifar.data.convert import BadRow, Summary, group_rows
 from cifar.data.execute import convert
 from cifar.data.named import cache_folder
-from cifar.data.prepared import FORMAT_VERSION, QUARANTINE, SPLITS, Prepared, RowRange, filesystem, join, write_file
+from cifar.data.prepared import (
+    FORMAT_VERSION,
+    QUARANTINE,
+    SPLITS,
+    Prepared,
+    Quarantined,
+    RowRange,
+    filesystem,
+    join,
+    write_file,
+)
 from cifar.data.rows import Rows, plan_chunks, read_rows
 from cifar.data.sources import Source, content_key, find, listing_key
 from cifar.data.splits import TEST, TRAIN
@@ -49,7 +59,7 @@ def prepare(config: DataConfig, start_ray: Callable[[], object] = lambda: None) 
         prepared = _cached_or_made(source, config, start_ray)
         if prepared.quarantined:
             total = sum(prepared.counts.values()) + prepared.quarantined
-            _check_bad(_read_quarantine(prepared), prepared.quarantined, total, config)
+            _check_bad(prepared.quarantine(), prepared.quarantined, total, config)
             where = join(prepared.path, QUARANTINE)
             logger.warning("%d of %d rows are bad and left out, see %s", prepared.quarantined, total, where)
     except OSError as error:
@@ -166,7 +176,9 @@ def _convert_all(rows: Rows, config: DataConfig, folder: str, start_ray: Callabl
     return sorted(summaries, key=lambda summary: summary.number)
 
 
-def _check_bad(bad: list[BadRow], count: int, total: int, config: DataConfig, at_least: bool = False) -> None:
+def _check_bad(
+    bad: Sequence[BadRow | Quarantined], count: int, total: int, config: DataConfig, at_least: bool = False
+) -> None:
     if count <= config.max_bad * total:
         return
     first = "; ".join(
@@ -189,14 +201,6 @@ def _write_quarantine(path: str, bad: list[BadRow], rows: Rows) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
     write_file(path, sink.getvalue().to_pybytes())
-
-
-def _read_quarantine(prepared: Prepared) -> list[BadRow]:
-    files, path = filesystem(join(prepared.path, QUARANTINE))
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
-        return [
-            BadRow(number, row["id"], row["path"], row["reason"]) for number, row in enumerate(file.read().to_pylist())
-        ]
 
 
 def _merge(

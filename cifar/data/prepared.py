@@ -35,7 +35,15 @@ class Arrays(NamedTuple):
     """int64 (N,)."""
 
 
-Batch = Arrays
+class Quarantined(NamedTuple):
+    """A bad row."""
+
+    id: str
+    path: str
+    """Of the file, absolute."""
+    label: str | None
+    """As the source gives it."""
+    reason: str
 
 
 class Part(NamedTuple):
@@ -112,6 +120,14 @@ class Prepared:
         del values["path"]
         write_file(join(self.path, MANIFEST), json.dumps(values, indent=1).encode())
 
+    def quarantine(self) -> list[Quarantined]:
+        """The bad rows, in the order of the source."""
+        if not self.quarantined:
+            return []
+        files, path = filesystem(join(self.path, QUARANTINE))
+        with files.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
+            return [Quarantined(**row) for row in file.read().to_pylist()]
+
     def files(self, split: str) -> list[str]:
         """Paths or URIs of the split's Parquet files, in order."""
         return [join(self.path, part.name) for part in self.parts[split]]
@@ -124,7 +140,7 @@ class Prepared:
         """The whole split in memory, in file order."""
         return pa.concat_tables(self.read(RowRange(part.name, 0, part.rows), columns) for part in self.parts[split])
 
-    def batches(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    def batches(self, split: str, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Arrays]:
         """The rank's share of the split in file order, in bounded memory: a row group and a batch.
 
         Shares are runs of consecutive rows, disjoint and complete over the ranks, and differ by one row at most. Every
@@ -206,6 +222,19 @@ def join(path: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
 
+def parent(path: str) -> str:
+    """The folder that holds a path or URI."""
+    path = absolute(path)
+    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
+    return f"{base.rstrip('/').rpartition('/')[0]}{mark}{query}"
+
+
+def exists(path: str) -> bool:
+    """Is there a file or folder of this path or URI?"""
+    files, root = filesystem(path)
+    return files.get_file_info(root).type != fs.FileType.NotFound
+
+
 def write_file(path: str, data: bytes) -> None:
     """Write a small file so that no reader sees half of it."""
     files, target = filesystem(path)
@@ -214,7 +243,12 @@ def write_file(path: str, data: bytes) -> None:
     temporary = f"{target}.{uuid.uuid4().hex}.tmp" if local else target
     if local:
         files.create_dir(os.path.dirname(target))
-    with files.open_output_stream(temporary) as stream:
-        stream.write(data)
-    if local:
-        files.move(temporary, target)
+    try:
+        with files.open_output_stream(temporary) as stream:
+            stream.write(data)
+        if local:
+            files.move(temporary, target)
+    except OSError:
+        if local and exists(temporary):
+            files.delete_file(temporary)
+        raise

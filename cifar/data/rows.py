@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from cifar.data.splits import TRAIN, cut_missing
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
+_MAX_CLASSES = 100_000
 _CHUNK_ROWS = 8192
 _CHUNK_PIXEL_BYTES = 64 << 20
 _CHUNK_ENCODED_BYTES = 128 << 20
@@ -99,6 +101,8 @@ def _folder_labels(source: Source) -> Labels:
         raise ConfigError(
             f"--data {source.name}: no class folders with images; use CLASS/image.jpg or train/CLASS/image.jpg"
         )
+    if len(uniques) > _MAX_CLASSES:
+        raise ConfigError(f"--data {source.name}: more than {_MAX_CLASSES:,} class folders; give fewer classes")
     code = {name: place for place, name in enumerate(uniques)} | {None: -1}
     return (np.array([code[name] for name in names], np.int64), uniques), splits, None, []
 
@@ -117,12 +121,14 @@ def _parquet_labels(source: Source) -> Labels:
         try:
             with filesystem_.open_input_file(f"{root}/{file.name}") as stream, pq.ParquetFile(stream) as parquet:
                 image, label = _columns(parquet.schema_arrow, where)
-                names = names or _class_names(parquet.schema_arrow, label)
+                names = _agreed(names, _class_names(parquet.schema_arrow, label), where)
                 column = parquet.read([label]).column(0)
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{where}: not a readable Parquet file: {error}") from error
         codes.append(_encode(column, uniques, where))
+        if max(len(uniques), len(names or ())) > _MAX_CLASSES:
+            raise ConfigError(f"{where}: column {label} holds more than {_MAX_CLASSES:,} classes; are they labels?")
         splits.append(np.full(len(column), TRAIN if split is None else split, np.int8))
         files.append(FileRows(rows=len(column), column=image, largest_group=max(groups, default=0)))
     return (np.concatenate(codes), list(uniques)), np.concatenate(splits), names, files
@@ -152,6 +158,18 @@ def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names] or None
+
+
+def _agreed(names: list[str] | None, found: list[str] | None, where: str) -> list[str] | None:
+    """Class names of all files: labels are places in this one list. A file may leave it out."""
+    if found is None:
+        return names
+    if len(set(found)) < len(found):
+        name, _ = Counter(found).most_common(1)[0]
+        raise ConfigError(f"{where}: two of its classes are named {name!r}; rename one")
+    if names is not None and names != found:
+        raise ConfigError(f"{where}: its class names are not those of the files before; make them alike")
+    return found
 
 
 def _encode(column: pa.ChunkedArray, uniques: dict[Any, int], where: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from cifar.config import ConfigError
 from cifar.data import named
-from cifar.data.prepared import absolute, filesystem
+from cifar.data.prepared import absolute, filesystem, parent
 from cifar.data.splits import TEST, TRAIN, VAL
 
 SPLIT_FOLDERS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
@@ -52,22 +52,19 @@ def find(data: str) -> Source:
         info = files.get_file_info(root)
         if info.type == fs.FileType.File and root.endswith(".parquet"):
             file = _file(info, os.path.dirname(root))
-            return Source(name=name, path=_parent(path), files=[file], parquet=True, single=True)
+            return Source(name=name, path=parent(path), files=[file], parquet=True, single=True)
         if info.type != fs.FileType.Directory:
             state = "is no folder and no Parquet file" if info.type == fs.FileType.File else "does not exist"
             raise ConfigError(f"--data {data}: {state}; named sets are {', '.join(named.NAMES)}")
         infos = files.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ConfigError(f"--data {data}: cannot be listed: {error}") from error
-    found = sorted(_file(info, root) for info in infos if info.type != fs.FileType.Directory)
+    # Opening a pipe, socket or device, which Arrow calls unknown, could wait for ever.
+    shut = (fs.FileType.Directory, fs.FileType.Unknown)
+    found = sorted(_file(info, root) for info in infos if info.type not in shut)
     found = [file for file in found if not _ignored(file.name)]
     parquet = [file for file in found if file.name.endswith(".parquet")]
     return Source(name=name, path=path, files=parquet or found, parquet=bool(parquet), single=False)
-
-
-def _parent(path: str) -> str:
-    base, mark, query = path.partition("?") if "://" in path else (path, "", "")
-    return f"{base.rpartition('/')[0]}{mark}{query}"
 
 
 def _file(info: fs.FileInfo, root: str) -> File:

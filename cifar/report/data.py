@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cifar.config import AugmentConfig
-from cifar.data.prepared import QUARANTINE, Prepared, filesystem, join
+from cifar.data.prepared import Prepared
 from cifar.report import page, views
 
 MOST_PER_CLASS, MOST_SAMPLES = 10, 500
@@ -26,8 +25,8 @@ def write_data_report(
     split until each class has its samples, ten or fewer, in bounded memory.
     """
     folder = Path(folder)
-    bad = _quarantine(prepared)
-    reasons = dict(Counter(row["reason"] for row in bad).most_common())
+    bad = prepared.quarantine()
+    reasons = dict(Counter(row.reason for row in bad).most_common())
     facts = {
         "data": prepared.source,
         "path": prepared.path,
@@ -79,15 +78,6 @@ def find_samples(prepared: Prepared, most: int) -> list[list[tuple[NDArray[np.ui
         if not missing:
             break
     return samples
-
-
-def _quarantine(prepared: Prepared) -> list[dict[str, Any]]:
-    """Rows with `id`, `path`, `label` and `reason`."""
-    if not prepared.quarantined:
-        return []
-    files, path = filesystem(join(prepared.path, QUARANTINE))
-    with files.open_input_file(path) as stream, pq.ParquetFile(stream) as file:
-        return file.read().to_pylist()
 
 
 def _extreme(prepared: Prepared, which: Any) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """The rows of a run's metrics.jsonl, and one sentence on what its learning curves say."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cifar.config import ConfigError
+from cifar.data.prepared import filesystem
 from cifar.report.page import percent
 
 Row = Mapping[str, Any]
 
 NEEDED = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+NUMBERS = (*NEEDED, "lr", "images_per_second", "seconds")
 MIN_EPOCHS = 4
 LOSS_MARGIN = 0.05
 GAP = 0.10
@@ -25,14 +28,22 @@ class Verdict:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """One row per epoch, in order; of an epoch that was run again after a crash the last. [] without the file."""
-    path = Path(path)
-    if not path.exists():
-        return []
+    """One row per epoch, in order; of an epoch that was run again after a crash the last. [] without the file.
+
+    `path` may be a URI. ConfigError when the file is damaged, or when one of `NUMBERS` is none.
+    """
+    files, name = filesystem(str(path))
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        with files.open_input_stream(name) as stream:
+            lines = stream.read().decode().splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         by_epoch = {row["epoch"]: row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+        for row, key in itertools.product(rows, NUMBERS):
+            if type(row.get(key, 0)) not in (int, float):
+                raise ValueError(f"{key} is {row[key]!r}")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a run's metrics, {error!r}; delete it or name another run") from error
     return [by_epoch[epoch] for epoch in sorted(by_epoch) if all(key in by_epoch[epoch] for key in NEEDED)]
 

@@ -5,9 +5,7 @@ import datetime
 import importlib.metadata
 import io
 import json
-import os
 import platform
-import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import cifar
+from cifar.data.prepared import write_file
 
 LARGEST_THUMBNAIL = 96
 LARGEST_EXACT = 48
@@ -47,13 +46,7 @@ def render(template: str, **values: Any) -> str:
 
 def write(path: Path, content: str | bytes) -> Path:
     """Readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(str(path), content.encode() if isinstance(content, str) else content)
     return path
 
 
