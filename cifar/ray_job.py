@@ -34,13 +34,16 @@ class Blocks:
 
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows start..stop; fetches the blocks that hold them and no others."""
-        tables, first = [ray.get(self.refs[0]).slice(0, 0)], 0
+        tables, first = [], 0
         for ref, rows in zip(self.refs, self.rows, strict=True):
             low, high = max(start - first, 0), min(stop - first, rows)
             if low < high:
                 table: Any = ray.get(ref)
                 tables.append(table.slice(low, high - low))
             first += rows
+        if not tables:  # fewer rows than workers
+            empty: Any = ray.get(self.refs[0])
+            return empty.slice(0, 0)
         return pa.concat_tables(tables)
 
 

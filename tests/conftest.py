@@ -24,6 +24,8 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("CIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name in ("CIFAR10_DIR", "CIFAR100_DIR", "RAY_ADDRESS"):
         patch.delenv(name, raising=False)
+    # Epochs here take a tenth of a second, and each report waits for a poll.
+    patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05")
     torch.set_num_threads(2)
     yield
     patch.undo()

@@ -374,7 +374,7 @@ def test_ray_writes_the_same_files_and_gives_the_same_errors(
         ray.shutdown()
 
 
-def damage_then(convert: Callable[[Any], Any], path: Path) -> Callable[[Any], Any]:
+def damage_then(convert: Callable[..., Any], path: Path) -> Callable[..., Any]:
     """`convert` of a file that is spoilt after its labels were read."""
 
     def spoilt(chunks: Any, start_ray: Any) -> Any:

@@ -136,7 +136,7 @@ def test_weight_decay_shrinks_weights_but_neither_biases_nor_norms(name):
     [
         ("sgd", lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True)),
         ("adam", lambda parameters: torch.optim.Adam(parameters, lr=0.01)),
-        ("rmsprop", lambda parameters: torch.optim.RMSprop(parameters, lr=0.002, momentum=0.5)),
+        ("rmsprop", lambda parameters: torch.optim.RMSprop(parameters, lr=0.002)),
     ],
 )
 def test_optimizers_are_torchs_with_the_configs_settings(name, reference):

@@ -3,7 +3,7 @@
 import functools
 import io
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -119,7 +119,8 @@ def _upright(image: Image.Image) -> Image.Image:
     if not image.info:
         return image
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        tag: Any = image.getexif().get(_ORIENTATION)
+        turn = _TURNS.get(tag)
     except Exception:  # metadata that cannot be read spoils no pixels
         return image
     return image if turn is None else image.transpose(turn)
