@@ -33,6 +33,7 @@ def start_ray(verbose: bool) -> None:
         # Before ray.init, which logs through it; a warning of Ray's own about its set-up is no news to our user.
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     if not address:
         # There is one node, and it ends with this process: nothing to watch, nothing to preempt, no page to look at.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -6,7 +6,12 @@ from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimCo
 
 
 def default() -> Config:
-    """`cnn` on CIFAR-10 in minutes on two CPU cores."""
+    """`cnn` on CIFAR-10 in minutes on two CPU cores, after airbench (arXiv 2404.00498): narrow first group, small images
+    first, Muon.
+
+    90.35 % of the test images (seed 0, n=1) in 160 s of training on two shared cores of an AMD EPYC with bf16. Rates,
+    scales and batch size were chosen on val.
+    """
     return Config(
         model=ModelConfig(widths=(32, 128, 256)),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
@@ -15,7 +20,11 @@ def default() -> Config:
 
 
 def notebook() -> Config:
-    """The notebooks' own network and recipe: Adam, augmentation, batch 64, 100 epochs, 80/20 split."""
+    """The notebooks' own network and recipe: Adam, augmentation, batch 64, 100 epochs, 80/20 split.
+
+    35.8 s an epoch on two shared cores of an AMD EPYC (mean of 3), so about an hour; 69.5 % of the test images after
+    the first 3 epochs (seed 0, n=1). The whole run was not made.
+    """
     return Config(
         data=DataConfig(val_fraction=0.2),
         augment=AugmentConfig(flip="random", crop_padding=0, rotate=15, shift=0.1),
