@@ -6,8 +6,9 @@ from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimCo
 
 
 def default() -> Config:
-    """`cnn` on CIFAR-10 in minutes on two CPU cores, after airbench (arXiv 2404.00498): narrow first group, small images
-    first, Muon.
+    """`cnn` on CIFAR-10 in minutes on two CPU cores, after airbench (arXiv 2404.00498).
+
+    What makes it fast is a narrow first group, small images first, and Muon.
 
     90.35 % of the test images (seed 0, n=1) in 160 s of training on two shared cores of an AMD EPYC with bf16. Rates,
     scales and batch size were chosen on val.
