@@ -75,6 +75,17 @@ def test_first_layer_whitens_the_patches() -> None:
     torch.testing.assert_close(outputs[12:], -outputs[:12])
 
 
+def test_whitening_of_grey_images_survives_bf16() -> None:
+    """Their patches vary in few of 12 directions; rounding errors in the others must not be amplified."""
+    grey = images(64)[:, :1].expand(-1, 3, -1, -1)
+    model = build(CNN)
+    model.init_from(grey)
+    exact = model.eval()(grey)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(grey)
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
 def info(config: Config) -> ModelInfo:
     classes = ("a", "b", "c", "d", "e")
     return ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f00d", source="here")
