@@ -42,7 +42,7 @@ class Cnn(nn.Module):
             self.whiten.bias.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
-        # In float32: filters for directions in which images hardly vary, as in grey ones, would blow up bf16's rounding.
+        # In float32: filters for directions in which images hardly vary, as in grey ones, blow up bf16's rounding.
         device = images.device.type
         with torch.autocast(device, enabled=False):
             whitened = self.whiten(images)
@@ -79,7 +79,7 @@ def identity_conv(before: int, after: int) -> nn.Conv2d:
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """As in airbench: the scale is fixed at 1, and running statistics forget the wild first steps of a short run soon."""
+    """As in airbench: the scale is fixed at 1, and running statistics forget the wild first steps soon."""
     norm = nn.BatchNorm2d(channels, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
