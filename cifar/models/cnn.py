@@ -18,7 +18,9 @@ class Cnn(nn.Module):
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.whiten = nn.Conv2d(3, whitened, PATCH)
-        self.whiten.weight.requires_grad_(False)
+        # The bias neither: a norm takes constants out again, so its gradient is rounding, which in bf16 drives it off
+        # where images vary in few directions, as grey ones do.
+        self.whiten.requires_grad_(False)
         self.groups = nn.Sequential(
             *(ConvGroup(before, after) for before, after in zip((whitened, *widths), widths, strict=False))
         )
