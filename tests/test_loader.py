@@ -99,9 +99,9 @@ def test_streaming_mixes_rows_of_different_groups(prepared: Prepared) -> None:
 def test_streaming_with_a_small_window_gives_full_batches_and_every_row(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for large images, of which few fit the window; and with one epoch to a stream, as for large sets."""
+    """As for large images, of which few fit the window; and with many streams to an epoch, as for large sets."""
     monkeypatch.setattr(loader, "SHUFFLE_BYTES", 1)
-    monkeypatch.setattr(loader, "STREAM_RANGES", 1)
+    monkeypatch.setattr(loader, "STREAM_BYTES", 70 * 3 * 16**2)
     monkeypatch.setattr(Prepared, "row_groups", split_finely)
     for batch_size in (44, 132, 396):
         found = make(prepared, "streaming", batch_size=batch_size)

@@ -7,6 +7,8 @@ all batches full. A worker's order depends on (seed, epoch, rank, number of work
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,8 +23,9 @@ from cifar.data.shares import num_batches, share
 EVALUATION_BATCH = 500
 SHUFFLE_BYTES = 64 * 2**20
 """Rows that the streaming loader mixes at a time: 20,000 images of 32x32."""
-STREAM_RANGES = 2000
-"""Row ranges that a stream is opened for: each costs a plan entry up front, and opening a stream costs a second."""
+STREAM_BYTES = 256 * 2**20
+"""Pixels that one stream is opened for: 87,000 images of 32x32. Two streams are open at a time, and opening one costs a
+second."""
 
 
 class Batch(NamedTuple):
@@ -80,8 +83,8 @@ class ResidentLoader:
 class StreamingLoader:
     """Row ranges in an order that is new every epoch, opened by `open_stream`, mixed in a window of `SHUFFLE_BYTES`.
 
-    `open_stream` takes the row ranges of the epochs to come, in order, each with its epoch, and yields their tables in
-    that order; it may read ahead. One stream serves many epochs: there is no start-up for each.
+    `open_stream` takes row ranges of the epochs to come, in order, each with its epoch, and yields their tables in that
+    order; it may read all of them ahead. The next stream is opened while one is used, whatever epoch either belongs to.
     """
 
     def __init__(
@@ -120,11 +123,32 @@ class StreamingLoader:
         return owned(images).permute(0, 3, 1, 2).to(self._device)
 
     def _open_ahead(self, epoch: int) -> Iterator[pa.Table]:
-        """The tables of this epoch and all later ones; a stream for as many epochs as make a plan of some size."""
-        at_once = max(STREAM_RANGES // len(self._row_ranges(epoch)), 1)
-        for first in range(epoch, self._epochs, at_once):
-            some = range(first, min(first + at_once, self._epochs))
-            yield from self._open_stream([(e, rows) for e in some for rows in self._row_ranges(e)])
+        """The tables of this epoch and all later ones."""
+        plans = self._plans(epoch)
+        with ThreadPoolExecutor(1) as thread:
+            opened = thread.submit(self._open, next(plans))
+            while opened is not None:
+                tables = opened.result()
+                plan = next(plans, None)
+                opened = thread.submit(self._open, plan) if plan else None
+                yield from tables
+
+    def _open(self, plan: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+        tables = self._open_stream(plan)
+        return chain([next(tables)], tables)  # the first one sets the reading going
+
+    def _plans(self, epoch: int) -> Iterator[list[tuple[int, RowRange]]]:
+        """What to open a stream for, one after the other."""
+        plan, rows = [], 0
+        for number in range(epoch, self._epochs):
+            for some in self._row_ranges(number):
+                plan.append((number, some))
+                rows += some.stop - some.start
+                if rows * 3 * self._prepared.image_size**2 >= STREAM_BYTES:
+                    yield plan
+                    plan, rows = [], 0
+        if plan:
+            yield plan
 
     def _row_ranges(self, epoch: int) -> list[RowRange]:
         """The worker's share of an epoch: all row groups in random order, cut into equal runs of rows."""

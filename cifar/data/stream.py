@@ -11,9 +11,6 @@ from cifar.augment import augment
 from cifar.config import AugmentConfig
 from cifar.data.prepared import Prepared, RowRange, to_arrays
 
-STORE_BYTES = 512 * 2**20
-"""Object store that one worker's stream may hold: some 40 row groups ahead of the step, however large the set."""
-
 
 def ray_stream(
     prepared: Prepared, config: AugmentConfig, seed: int
@@ -33,9 +30,9 @@ def ray_stream(
 
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            object_store_memory=STORE_BYTES
-        )
+        # What is opened fits the store. Held back, the executor spins on the interpreter's lock until rows are taken, and
+        # the training thread, which needs that lock for every operation, ran at a third of its rate.
+        context.set_config("backpressure_policies.enabled", [])
         with ray.data.DataContext.current(context):
             # A block, and so a task, for each row range; reading is fused with making the number.
             tables = ray.data.range(len(ahead), override_num_blocks=len(ahead)).map_batches(load, batch_size=None)
