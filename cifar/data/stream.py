@@ -30,8 +30,8 @@ def ray_stream(
 
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
-        # What is opened fits the store. Held back, the executor spins on the interpreter's lock until rows are taken, and
-        # the training thread, which needs that lock for every operation, ran at a third of its rate.
+        # What is opened fits the store. Held back, the executor spins on the interpreter's lock until rows are taken,
+        # and the training thread, which needs that lock for every operation, ran at a third of its rate.
         context.set_config("backpressure_policies.enabled", [])
         with ray.data.DataContext.current(context):
             # A block, and so a task, for each row range; reading is fused with making the number.
