@@ -27,6 +27,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -72,6 +73,9 @@ def run_job(
             return BAD_USAGE
         except RunFailed as error:
             print(_plain(f"failed: {error}"), file=sys.stderr)
+            return FAILED
+        except BrokenPipeError:  # who reads stdout has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
             return FAILED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -6,17 +6,18 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from cifar.config import ConfigError
+from cifar.config import ConfigError, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, load_model
 
 Images: TypeAlias = NDArray[np.uint8] | Tensor
 
 
 class Predictor:
-    """A loaded model on a device, in float32.
+    """A loaded model on a device, in float32, with the test-time augmentation of its config.
 
     `model` is a model folder or what `load_model` gave. `device` is `auto` (a GPU when there is one) or any name that
     torch knows. `batch_size` bounds the memory; the number of images in a call does not.
@@ -53,7 +54,7 @@ class Predictor:
         answers = np.empty((len(images), len(self.classes)), dtype=np.float32)
         start = 0
         for batch in self._batches(images):
-            logits = self._model(batch)
+            logits = mean_logits(self._model, batch, self.info.config.model.tta)
             answers[start : start + len(batch)] = (logits.softmax(1) if softmax else logits).cpu().numpy()
             start += len(batch)
         return answers
@@ -73,6 +74,27 @@ class Predictor:
         if tuple(images.shape[1:]) != expected or images.dtype not in (torch.uint8, np.uint8):
             shape = ", ".join(map(str, ("N", *expected)))
             raise ValueError(f"images must be uint8 ({shape}), not {images.dtype} {tuple(images.shape)}")
+
+
+def mean_logits(model: nn.Module, images: Tensor, tta: TestTimeAugmentation) -> Tensor:
+    """Logits (B,C) of uint8 images (B,3,S,S): the mean over the views that `tta` asks for.
+
+    `shift` weighs them as airbench does (Jordan 2024, arXiv 2404.00498): a half for the image where it is, a quarter
+    each for it a pixel towards two opposite corners, its border mirrored.
+    """
+    if tta == "none":
+        return model(images)
+    logits = _mirrored(model, images)
+    if tta == "mirror":
+        return logits
+    size = images.shape[-1]
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+    corners = padded[..., :size, :size], padded[..., 2:, 2:]
+    return logits / 2 + (_mirrored(model, corners[0]) + _mirrored(model, corners[1])) / 4
+
+
+def _mirrored(model: nn.Module, images: Tensor) -> Tensor:
+    return (model(images) + model(images.flip(-1))) / 2
 
 
 def find_device(name: str = "auto") -> torch.device:

@@ -14,7 +14,7 @@ def default() -> Config:
     scales and batch size were chosen on val.
     """
     return Config(
-        model=ModelConfig(widths=(32, 128, 256)),
+        model=ModelConfig(widths=(32, 128, 256), tta="mirror"),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
         train=TrainConfig(epochs=8, batch_size=250, scales=(0.625, 0.625, 0.625, 0.75, 0.75, 0.875, 0.875, 1.0)),
     )

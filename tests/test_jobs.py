@@ -1,6 +1,7 @@
 """The jobs as commands: help, exit codes, outputs, and the README's promises."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,29 @@ def test_cifar10_that_cannot_be_had_names_the_remedies(
     monkeypatch.setenv("CIFAR10_DIR", str(tmp_path / "nowhere"))
     assert train.main(["--workers", "0"]) == 2
     assert "CIFAR10_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) -> None:
+    """As they stand there, but for fewer epochs and a CIFAR-10 of 500 images."""
+    section = (ROOT / "README.md").read_text().split("## Jobs")[1]
+    commands = [line.split("#")[0].split() for line in section.split("```")[1].splitlines()[1:]]
+    assert sorted({Path(command[1]).stem for command in commands}) == JOBS
+    environment = os.environ | {"CIFAR10_DIR": str(parquet)}
+    for command in commands:
+        _, job, *flags = command
+        if job == "jobs/train.py":
+            flags += ["--epochs", "2"]
+        named = [flag.replace("NAME", run.name) for flag in flags for run in [*tmp_path.glob("runs/*"), ROOT][:1]]
+        done = subprocess.run([sys.executable, ROOT / job, *named], cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, command
+    assert (tmp_path / "data-report/data_report.html").exists()
+    assert len(list(tmp_path.glob("runs/*/report.html"))) == 2
+    assert (tmp_path / "report/report.html").exists()
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    command = f"{sys.executable} jobs/train.py --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""

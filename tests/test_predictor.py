@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.config import Config, ConfigError, DataConfig, ModelConfig, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor, find_device
@@ -16,9 +16,11 @@ from cifar.predictor import Predictor, find_device
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
 
 
-def loaded_model(size: int = 16, classes: tuple[str, ...] = ("a", "b", "c", "d")) -> LoadedModel:
+def loaded_model(
+    size: int = 16, classes: tuple[str, ...] = ("a", "b", "c", "d"), tta: TestTimeAugmentation = "none"
+) -> LoadedModel:
     torch.manual_seed(0)
-    config = Config(data=DataConfig(image_size=size), model=ModelConfig(widths=(8, 8)))
+    config = Config(data=DataConfig(image_size=size), model=ModelConfig(widths=(8, 8), tta=tta))
     model = build_model(config, len(classes), MEAN, STD)
     info = ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f", source="digits")
     return LoadedModel(model=model.eval(), info=info, metrics={"train_seconds": 1.5})
@@ -35,6 +37,21 @@ def test_probabilities_are_the_softmax_of_what_the_bare_model_says():
     found = Predictor(loaded, device="cpu").predict(images())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_mirror_averages_the_logits_of_the_image_and_its_mirror_image():
+    plain, mirror = (Predictor(loaded_model(tta=tta), device="cpu") for tta in ("none", "mirror"))
+    expected = (plain.logits(images()) + plain.logits(images()[:, :, ::-1])) / 2
+    np.testing.assert_allclose(mirror.logits(images()), expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(expected, plain.logits(images()), atol=1e-3)
+
+
+def test_shift_weighs_the_image_in_place_as_much_as_both_shifted_ones():
+    mirror, shift = (Predictor(loaded_model(tta=tta), device="cpu") for tta in ("mirror", "shift"))
+    padded = np.pad(images(), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    corners = mirror.logits(padded[:, :-2, :-2]) + mirror.logits(padded[:, 2:, 2:])
+    expected = mirror.logits(images()) / 2 + corners / 4
+    np.testing.assert_allclose(shift.logits(images()), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_array_and_tensor_layouts_give_the_same_answers():
