@@ -23,6 +23,9 @@ TestTimeAugmentation = Literal["none", "mirror", "shift"]
 Precision = Literal["auto", "fp32", "bf16"]
 LoaderKind = Literal["auto", "resident", "streaming"]
 
+LARGEST_BATCH, FEWEST_STEPS = 500, 8
+"""Of `--batch-size 0`: 500 was as accurate as 250 on CIFAR-10 and 8 % faster; an epoch of few images has 8 steps."""
+
 
 class ConfigError(ValueError):
     """A value that the user can mend; the message names the flag and the remedy."""
@@ -166,8 +169,8 @@ class OptimConfig:
 class TrainConfig:
     epochs: int = 8
     """Passes over the training split."""
-    batch_size: int = 500
-    """Images per optimizer step, over all workers together."""
+    batch_size: int = 0
+    """Images per optimizer step, over all workers together; 0 takes 500, or an eighth of train where that is less."""
     seed: int = 0
     """Seed of weights, order and augmentation; every draw is derived from it, none is carried."""
     scales: tuple[float, ...] = (1.0,)
@@ -187,7 +190,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "use 1 or more")
-        _require(self.batch_size >= 1, "batch-size", self.batch_size, "use 1 or more")
+        _require(self.batch_size >= 0, "batch-size", self.batch_size, "use 1 or more, or 0 for what suits the data")
         _require(
             bool(self.scales) and all(0.25 <= scale <= 1 for scale in self.scales),
             "scales",
@@ -308,10 +311,22 @@ class Config:
         low, _, high = self.run.workers.partition(":")
         return range(int(low), int(high or low) + 1)
 
+    def with_batch_size(self, rows: int) -> "Config":
+        """For `--batch-size 0` the config with the batch size that suits `rows` training images; else this one."""
+        if self.train.batch_size:
+            return self
+        wanted = min(LARGEST_BATCH, rows // FEWEST_STEPS)
+        batch_size = max(wanted // self._shares, 1) * self._shares
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, batch_size=batch_size))
+
     def _divisible_batch_size(self) -> int:
         """The nearest batch size that all counts of workers can share."""
-        step = math.lcm(*self.worker_counts) * self.optim.accumulate
-        return max(round(self.train.batch_size / step), 1) * step
+        return max(round(self.train.batch_size / self._shares), 1) * self._shares
+
+    @property
+    def _shares(self) -> int:
+        """What the batch size must be a multiple of."""
+        return math.lcm(*self.worker_counts) * self.optim.accumulate
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

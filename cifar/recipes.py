@@ -16,7 +16,7 @@ def default() -> Config:
     return Config(
         model=ModelConfig(widths=(32, 128, 256), tta="mirror"),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
-        train=TrainConfig(epochs=8, batch_size=500, scales=(0.625, 0.625, 0.625, 0.75, 0.75, 0.875, 0.875, 1.0)),
+        train=TrainConfig(epochs=8, scales=(0.625, 0.625, 0.625, 0.75, 0.75, 0.875, 0.875, 1.0)),
     )
 
 

@@ -49,6 +49,7 @@ def fit(config: Config) -> Run:
     """
     in_process = config.run.workers == "0"
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
+    config = config.with_batch_size(prepared.counts["train"])
     num_batches(prepared.counts["train"], config.train.batch_size, world_size=1)  # refuses what has no batch
     run_dir = RunDir(join(absolute(config.run.storage), config.run.name or default_name(config, prepared)))
     if in_process:

@@ -54,13 +54,16 @@ def test_bad_value_names_its_flag(group: type, values: dict[str, object], flag: 
 
 def test_batch_must_divide_into_micro_batches() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 500.*--accumulate 3"):
-        Config(optim=OptimConfig(accumulate=3))
+        Config(optim=OptimConfig(accumulate=3), train=TrainConfig(batch_size=500))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"run": RunConfig(workers="1:3")}, r"--batch-size 500: does not divide among 3 workers; use --batch-size 498"),
+        (
+            {"run": RunConfig(workers="1:3"), "train": TrainConfig(batch_size=500)},
+            r"--batch-size 500: does not divide among 3 workers; use --batch-size 498",
+        ),
         ({"run": RunConfig(workers="0"), "augment": AugmentConfig(augment_on="data")}, "--augment-on data"),
         ({"run": RunConfig(workers="0", storage="s3://bucket/runs")}, "--storage s3://bucket/runs"),
         ({"train": TrainConfig(loader="resident"), "augment": AugmentConfig(augment_on="data")}, "--loader resident"),
@@ -89,3 +92,15 @@ def test_wrong_type_is_refused() -> None:
     values["train"]["epochs"] = "8"
     with pytest.raises(ConfigError, match=r"train\.epochs"):
         Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "accumulate", "expected"),
+    [(45_000, "auto", 1, 500), (396, "auto", 1, 49), (3, "0", 1, 1), (396, "1:3", 1, 48), (45_000, "3", 4, 492)],
+)
+def test_batch_size_0_suits_the_data_and_divides_among_the_workers(
+    rows: int, workers: str, accumulate: int, expected: int
+) -> None:
+    config = Config(optim=OptimConfig(accumulate=accumulate), run=RunConfig(workers=workers))
+    assert config.with_batch_size(rows).train.batch_size == expected
+    assert config.with_batch_size(rows).with_batch_size(10).train.batch_size == expected
