@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,20 +108,20 @@ def train_worker(
     `val_batches` its share of val, anew at each call. Raises RunFailed when the loss is no number any more, on all
     workers at the same step.
     """
-    loader = make_loader(context)
-    training = build_training(config, prepared, loader, context)
-    position = Position()
-    if context.checkpoint is not None:
-        position = load_checkpoint(context.checkpoint, training)
-        if context.rank == 0:
-            context.history(position.history)
-    worker = Worker(config, prepared, context, training, position, loader.num_batches)
-    while position.epoch < config.train.epochs and not position.stopped:
-        batches = loader.epoch(position.epoch, position.step)
-        train_result = worker.train_epoch(batches, augmented)
-        val_result = worker.evaluate(val_batches(context))
-        worker.finish_epoch(train_result, val_result)
-        worker.report_epoch()
+    with closing(make_loader(context)) as loader:
+        training = build_training(config, prepared, loader, context)
+        position = Position()
+        if context.checkpoint is not None:
+            position = load_checkpoint(context.checkpoint, training)
+            if context.rank == 0:
+                context.history(position.history)
+        worker = Worker(config, prepared, context, training, position, loader.num_batches)
+        while position.epoch < config.train.epochs and not position.stopped:
+            batches = loader.epoch(position.epoch, position.step)
+            train_result = worker.train_epoch(batches, augmented)
+            val_result = worker.evaluate(val_batches(context))
+            worker.finish_epoch(train_result, val_result)
+            worker.report_epoch()
     return {
         "epochs": len(position.history),
         "stopped": position.stopped or "all epochs done",

@@ -1,7 +1,8 @@
 """Both loaders give every row once an epoch, in an order that only (seed, epoch, rank, workers) decide."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -116,6 +117,29 @@ def test_a_stream_left_early_starts_afresh(prepared: Prepared) -> None:
     whole = indices(make(prepared, "streaming").epoch(1))
     next(iter(loader.epoch(0)))
     assert indices(loader.epoch(1)) == whole
+
+
+def test_close_ends_the_stream_in_use_and_the_one_opened_ahead(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "STREAM_BYTES", 70 * 3 * 16**2)
+    monkeypatch.setattr(Prepared, "row_groups", split_finely)
+    read, opened, closed = read_stream(prepared), [], []
+
+    def open_stream(ahead: list[tuple[int, RowRange]]) -> Generator[pa.Table]:
+        opened.append(ahead)
+        try:
+            yield from read(ahead)
+        finally:
+            closed.append(ahead)
+
+    found = StreamingLoader(
+        prepared, open_stream, epochs=5, batch_size=44, seed=3, rank=0, world_size=1, device=torch.device("cpu")
+    )
+    next(iter(found.epoch(0)))
+    found.close()
+    assert len(opened) >= 2
+    assert sorted(opened) == sorted(closed)
 
 
 def test_evaluation_batches_hold_every_row_in_order(prepared: Prepared) -> None:

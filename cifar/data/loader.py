@@ -6,10 +6,9 @@ all batches full. A worker's order depends on (seed, epoch, rank, number of work
 (epoch, start) sees what it would have seen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,10 @@ SHUFFLE_BYTES = 64 * 2**20
 STREAM_BYTES = 256 * 2**20
 """Pixels that one stream is opened for: 87,000 images of 32x32. Two streams are open at a time, and opening one costs a
 second."""
+
+
+OpenStream: TypeAlias = Callable[[list[tuple[int, RowRange]]], Generator[pa.Table]]
+"""From row ranges, each with its epoch, to their tables."""
 
 
 class Batch(NamedTuple):
@@ -47,6 +50,10 @@ class Loader(Protocol):
 
     def sample(self, count: int) -> Tensor:
         """Up to `count` training images, uint8 (n, 3, S, S), always the same ones."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
         ...
 
 
@@ -79,6 +86,9 @@ class ResidentLoader:
     def sample(self, count: int) -> Tensor:
         return self._images[:count].permute(0, 3, 1, 2)
 
+    def close(self) -> None:
+        pass
+
 
 class StreamingLoader:
     """Row ranges in an order that is new every epoch, opened by `open_stream`, mixed in a window of `SHUFFLE_BYTES`.
@@ -90,7 +100,7 @@ class StreamingLoader:
     def __init__(
         self,
         prepared: Prepared,
-        open_stream: Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]],
+        open_stream: OpenStream,
         *,
         epochs: int,
         batch_size: int,
@@ -105,12 +115,13 @@ class StreamingLoader:
         self._per_worker = batch_size // world_size
         self._device = device
         self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), 2 * self._per_worker)
-        self._stream: Iterator[pa.Table] | None = None
+        self._stream: Generator[pa.Table] | None = None
         self._next_epoch = -1
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if epoch != self._next_epoch or self._stream is None:
-            # The first epoch, or one that was left early.
+            # The first epoch, or one after another that was left early.
+            self.close()
             self._stream = self._open_ahead(epoch)
         self._next_epoch = -1
         for number, batch in enumerate(self._mixed(epoch, self._stream)):
@@ -122,20 +133,32 @@ class StreamingLoader:
         images = next(self._prepared.batches("train", count)).images
         return owned(images).permute(0, 3, 1, 2).to(self._device)
 
-    def _open_ahead(self, epoch: int) -> Iterator[pa.Table]:
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _open_ahead(self, epoch: int) -> Generator[pa.Table]:
         """The tables of this epoch and all later ones."""
         plans = self._plans(epoch)
         with ThreadPoolExecutor(1) as thread:
             opened = thread.submit(self._open, next(plans))
-            while opened is not None:
-                tables = opened.result()
-                plan = next(plans, None)
-                opened = thread.submit(self._open, plan) if plan else None
-                yield from tables
+            try:
+                while opened is not None:
+                    first, rest = opened.result()
+                    plan = next(plans, None)
+                    opened = thread.submit(self._open, plan) if plan else None
+                    yield first
+                    yield from rest
+            finally:
+                # Left early. A stream of Ray Data that only the interpreter's end collects starts Ray again, and hangs.
+                if opened is not None:
+                    opened.result()[1].close()
 
-    def _open(self, plan: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+    def _open(self, plan: list[tuple[int, RowRange]]) -> tuple[pa.Table, Generator[pa.Table]]:
+        """The stream's first table, which sets the reading going, and the others."""
         tables = self._open_stream(plan)
-        return chain([next(tables)], tables)  # the first one sets the reading going
+        return next(tables), tables
 
     def _plans(self, epoch: int) -> Iterator[list[tuple[int, RowRange]]]:
         """What to open a stream for, one after the other."""
@@ -198,10 +221,10 @@ def in_batches(table: pa.Table) -> Iterator[Arrays]:
         yield Arrays(*(column[start : start + EVALUATION_BATCH] for column in arrays))
 
 
-def read_stream(prepared: Prepared) -> Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]]:
+def read_stream(prepared: Prepared) -> OpenStream:
     """An `open_stream` that reads in this process, for runs without Ray."""
 
-    def open_stream(ahead: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+    def open_stream(ahead: list[tuple[int, RowRange]]) -> Generator[pa.Table]:
         for _, rows in ahead:
             yield prepared.read(rows)
 

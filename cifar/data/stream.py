@@ -1,6 +1,6 @@
 """Row ranges read, and if wanted augmented, by Ray Data tasks anywhere in the cluster, ahead of the training step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -9,18 +9,17 @@ import torch
 
 from cifar.augment import augment
 from cifar.config import AugmentConfig
+from cifar.data.loader import OpenStream
 from cifar.data.prepared import Prepared, RowRange, to_arrays
 
 
-def ray_stream(
-    prepared: Prepared, config: AugmentConfig, seed: int
-) -> Callable[[list[tuple[int, RowRange]]], Iterator[pa.Table]]:
+def ray_stream(prepared: Prepared, config: AugmentConfig, seed: int) -> OpenStream:
     """An `open_stream` for `StreamingLoader` on Ray Data; augments there if `config.augment_on` is `data`.
 
     Each worker runs its own pipeline over its own rows, so which worker sees which row never depends on timing.
     """
 
-    def open_stream(ahead: list[tuple[int, RowRange]]) -> Iterator[pa.Table]:
+    def open_stream(ahead: list[tuple[int, RowRange]]) -> Generator[pa.Table]:
         import ray.data
 
         def load(item: Any) -> pa.Table:
