@@ -129,6 +129,15 @@ def test_the_page_says_the_numbers_that_the_evaluation_holds(tmp_path, evaluatio
     assert re.search(rf"{pair.label}\s*{pair.prediction}\s*{pair.count}", text)
 
 
+def test_the_page_says_what_an_answer_is_the_mean_over(tmp_path, evaluation):
+    assert "mirror image" not in write_report(tmp_path / "plain", evaluation).read_text()
+    config = evaluation.model.config
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, tta="shift"))
+    shifted = dataclasses.replace(evaluation, model=dataclasses.replace(evaluation.model, config=config))
+    text = write_report(tmp_path / "shift", shifted).read_text()
+    assert "the mean over an image and its mirror image, in place and shifted by a pixel." in text
+
+
 def test_a_page_loads_nothing_from_elsewhere_and_its_ids_are_unique(tmp_path, evaluation):
     html = write_report(tmp_path, evaluation, history=history([1.0, 0.8, 0.7, 0.69])).read_text()
     found = Page(html)
