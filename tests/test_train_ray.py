@@ -175,3 +175,15 @@ def test_a_driver_killed_twice_changes_no_bit(here: Config, undisturbed: Path) -
     assert job.start().wait(240) == 0
     assert job.epochs() == 40
     assert_same_weights(job.folder, undisturbed)
+
+
+def test_one_of_two_workers_killed_changes_no_bit(here: Config) -> None:
+    """The other one waits for its gradients, and must be started again as well."""
+    calm, killed = Job(here, "calm", workers=2), Job(here, "killed", workers=2)
+    assert calm.start().wait(240) == 0
+    driver = killed.start()
+    wait_for(lambda: killed.epochs() >= 5, "epoch 5")
+    os.kill(wait_for(lambda: train_workers(driver.pid), "a worker")[0], signal.SIGKILL)
+    assert driver.wait(240) == 0
+    assert killed.epochs() == 40
+    assert_same_weights(killed.folder, calm.folder)
