@@ -110,6 +110,8 @@ class ModelConfig:
     """`cnn`: small and fast, patch-whitening first layer. `notebook`: conv-conv-pool-dropout blocks, dense head."""
     widths: tuple[int, ...] = (64, 256, 256)
     """Channels of each convolution group."""
+    depths: tuple[int, ...] = (2,)
+    """Convolutions of each group of `cnn`, or one number for all; 3 and more come with a shortcut around them."""
     dropout: float = 0.0
     """Dropout share: after each block of `notebook` (rising by 0.1 a block), before the head of `cnn`."""
     tta: TestTimeAugmentation = "none"
@@ -122,6 +124,12 @@ class ModelConfig:
             "widths",
             " ".join(map(str, self.widths)),
             "give one channel count, 1 to 8192, for each of 1 to 8 groups, such as --widths 64 256 256",
+        )
+        _require(
+            len(self.depths) in (1, len(self.widths)) and all(1 <= depth <= 100 for depth in self.depths),
+            "depths",
+            " ".join(map(str, self.depths)),
+            f"give one count, 1 to 100, or one for each of the {len(self.widths)} groups of --widths",
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "use a share from 0 to below 1")
 
@@ -287,6 +295,12 @@ class Config:
                 "scales",
                 " ".join(map(str, self.train.scales)),
                 "the dense layer of notebook takes one size; use --scales 1, or --recipe notebook",
+            )
+            _require(
+                self.model.depths == (2,),
+                "depths",
+                " ".join(map(str, self.model.depths)),
+                "every block of notebook has 2 convolutions; use --depths 2, or --model cnn",
             )
             _require(
                 self.data.image_size >> len(self.model.widths) >= 1,

@@ -39,6 +39,8 @@ def test_field_names_are_unique_over_the_groups() -> None:
         (DataConfig, {"image_size": 4}, "--image-size 4"),
         (AugmentConfig, {"zoom": 1.0}, "--zoom 1.0"),
         (ModelConfig, {"widths": ()}, "--widths"),
+        (ModelConfig, {"depths": (2, 3)}, "--depths"),
+        (ModelConfig, {"depths": (0,)}, "--depths"),
         (OptimConfig, {"lr": float("nan")}, "--lr nan"),
         (TrainConfig, {"epochs": 0}, "--epochs 0"),
         (RunConfig, {"workers": "4:1"}, "--workers 4:1"),
@@ -69,6 +71,7 @@ def test_batch_must_divide_into_micro_batches() -> None:
         ({"train": TrainConfig(loader="resident"), "augment": AugmentConfig(augment_on="data")}, "--loader resident"),
         ({"model": ModelConfig(model="notebook"), "train": TrainConfig(scales=(0.5, 1.0))}, r"--scales 0\.5 1\.0"),
         ({"model": ModelConfig(model="notebook", widths=(8,) * 6)}, "--widths"),
+        ({"model": ModelConfig(model="notebook", depths=(3,))}, "--depths"),
     ],
 )
 def test_contradicting_flags_are_refused_at_once(changes: dict[str, Any], message: str) -> None:

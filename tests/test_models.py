@@ -11,9 +11,11 @@ import torch
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.model_dir import ModelInfo, load_model, model_card, save_model
 from cifar.models import Classifier, build_model
+from cifar.models.cnn import ConvGroup
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
 CNN = Config(model=ModelConfig(widths=(8, 16, 16)))
+DEEP = Config(model=ModelConfig(widths=(8, 16, 16), depths=(2, 3, 4)))
 NOTEBOOK = Config(model=ModelConfig(model="notebook", widths=(8, 16), dropout=0.2))
 
 
@@ -26,7 +28,7 @@ def build(config: Config) -> Classifier:
     return build_model(config, 5, MEAN, STD)
 
 
-@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+@pytest.mark.parametrize("config", [CNN, DEEP, NOTEBOOK], ids=["cnn", "deep", "notebook"])
 def test_uint8_in_logits_out(config: Config) -> None:
     logits = build(config)(images())
     assert logits.shape == (4, 5)
@@ -34,7 +36,7 @@ def test_uint8_in_logits_out(config: Config) -> None:
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+@pytest.mark.parametrize("config", [CNN, DEEP, NOTEBOOK], ids=["cnn", "deep", "notebook"])
 def test_normalisation_is_inside(config: Config) -> None:
     """uint8 images and the same values as float give the same logits."""
     model = build(config).eval()
@@ -48,7 +50,7 @@ def test_cnn_takes_any_size_down_to_8(size: int) -> None:
     assert build(CNN)(images(size=size)).shape == (4, 5)
 
 
-@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+@pytest.mark.parametrize("config", [CNN, DEEP, NOTEBOOK], ids=["cnn", "deep", "notebook"])
 def test_every_trainable_parameter_gets_a_gradient(config: Config) -> None:
     model = build(config)
     model(images()).square().sum().backward()
@@ -56,6 +58,18 @@ def test_every_trainable_parameter_gets_a_gradient(config: Config) -> None:
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_group_of_three_convolutions_has_a_shortcut() -> None:
+    """Without what its later convolutions give, the group still passes on what its first one gave."""
+    group = ConvGroup(4, 8, depth=3).eval()
+    features = torch.rand(2, 4, 8, 8)
+    torch.nn.init.zeros_(group.convs[2].weight)  # pyright: ignore[reportArgumentType]
+    first = torch.nn.functional.gelu(group.norms[0](torch.nn.functional.max_pool2d(group.convs[0](features), 2)))
+    torch.testing.assert_close(group(features), torch.nn.functional.gelu(first))
+    plain = ConvGroup(4, 8, depth=2).eval()
+    torch.nn.init.zeros_(plain.convs[1].weight)  # pyright: ignore[reportArgumentType]
+    assert not plain(features).any()
 
 
 def test_first_layer_whitens_the_patches() -> None:
@@ -91,7 +105,7 @@ def info(config: Config) -> ModelInfo:
     return ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f00d", source="here")
 
 
-@pytest.mark.parametrize("config", [CNN, NOTEBOOK], ids=["cnn", "notebook"])
+@pytest.mark.parametrize("config", [CNN, DEEP, NOTEBOOK], ids=["cnn", "deep", "notebook"])
 def test_saved_model_answers_the_same(config: Config, tmp_path: Path) -> None:
     model = build(config)
     model(images())  # moves the batch norm statistics
@@ -155,6 +169,7 @@ def change(values: dict[str, Any], place: str, value: Any) -> None:
         ("data.source", 7),
         ("config", []),
         ("config.model.widths", [-1]),
+        ("config.model.depths", [2, 3]),
         ("config.optim.lr", 10**400),
         ("config.data.image_size", 10**9),
     ],

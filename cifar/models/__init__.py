@@ -59,7 +59,7 @@ def build_model(
     `mean` and `std` are the training data's, per channel, in 0..255.
     """
     if config.model.model == "cnn":
-        network = Cnn(num_classes, config.model.widths, config.model.dropout)
+        network = Cnn(num_classes, config.model.widths, config.model.depths, config.model.dropout)
     else:
         network = NotebookCnn(num_classes, config.model.widths, config.model.dropout, config.data.image_size)
     return Classifier(Normalize(mean, std), network).to(memory_format=torch.channels_last)  # pyright: ignore

@@ -1,8 +1,8 @@
 """A small, fast network for small images, after the ideas of airbench (Jordan 2024, arXiv 2404.00498).
 
-A frozen first layer whitens 2x2 patches, then come groups of two 3x3 convolutions, and the maximum over what is left of
-the plane feeds one linear layer. The first group works on the largest plane and holds most of the arithmetic of a
-training step, so its width is what a slow processor pays for.
+A frozen first layer whitens 2x2 patches, then come groups of 3x3 convolutions, and the maximum over what is left of the
+plane feeds one linear layer. The first group works on the largest plane, so its width is what a slow processor pays
+for; a third convolution in a later group, on its pooled plane, costs little.
 """
 
 import torch
@@ -14,7 +14,7 @@ PATCH = 2
 class Cnn(nn.Module):
     """Normalised float images (B, 3, H, W), H and W at least 8 -> logits (B, C)."""
 
-    def __init__(self, num_classes: int, widths: tuple[int, ...], dropout: float):
+    def __init__(self, num_classes: int, widths: tuple[int, ...], depths: tuple[int, ...], dropout: float):
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.whiten = nn.Conv2d(3, whitened, PATCH)
@@ -22,7 +22,7 @@ class Cnn(nn.Module):
         # where images vary in few directions, as grey ones do.
         self.whiten.requires_grad_(False)
         self.groups = nn.Sequential(
-            *(ConvGroup(before, after) for before, after in zip((whitened, *widths), widths, strict=False))
+            *map(ConvGroup, (whitened, *widths), widths, depths * len(widths) if len(depths) == 1 else depths)
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
@@ -55,21 +55,27 @@ class Cnn(nn.Module):
 
 
 class ConvGroup(nn.Module):
-    """conv, pool, norm, GELU, conv, norm, GELU: (B, before, H, W) -> (B, after, max(H // 2, 1), max(W // 2, 1))."""
+    """conv, pool, norm, GELU, then conv, norm, GELU again: (B, before, H, W) -> (B, after, H // 2, W // 2), at least 1.
 
-    def __init__(self, before: int, after: int):
+    From a depth of 3 on, what the second convolution gets is added to what the last one's norm gives.
+    """
+
+    def __init__(self, before: int, after: int, depth: int):
         super().__init__()
-        self.conv1 = identity_conv(before, after)
-        self.norm1 = batch_norm(after)
-        self.conv2 = identity_conv(after, after)
-        self.norm2 = batch_norm(after)
+        self.convs = nn.ModuleList(identity_conv(before if place == 0 else after, after) for place in range(depth))
+        self.norms = nn.ModuleList(batch_norm(after) for _ in range(depth))
 
     def forward(self, features: Tensor) -> Tensor:
-        features = self.conv1(features)
+        features = self.convs[0](features)
         if min(features.shape[2:]) > 1:  # many groups use a small plane up
             features = nn.functional.max_pool2d(features, 2)
-        features = nn.functional.gelu(self.norm1(features))
-        return nn.functional.gelu(self.norm2(self.conv2(features)))
+        features = shortcut = nn.functional.gelu(self.norms[0](features))
+        for place in range(1, len(self.convs)):
+            features = self.norms[place](self.convs[place](features))
+            if place == len(self.convs) - 1 and place > 1:
+                features = features + shortcut
+            features = nn.functional.gelu(features)
+        return features
 
 
 def identity_conv(before: int, after: int) -> nn.Conv2d:
