@@ -19,6 +19,7 @@ from cifar.optim import (
     build_optimizer,
     lr_scale,
     orthogonalize,
+    orthogonalize_all,
     set_lr,
 )
 
@@ -181,7 +182,7 @@ def test_muon_scales_the_rates_of_head_and_biases_with_the_batch():
 @pytest.mark.parametrize("shape", [(8, 8), (16, 40), (40, 16)])
 def test_orthogonalize_approaches_the_nearest_orthogonal_matrix(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(matrix, 5)
+    result = orthogonalize(matrix[None], 5)[0]
     assert result.shape == matrix.shape
     assert result.dtype == matrix.dtype
     values = torch.linalg.svdvals(result)
@@ -189,6 +190,15 @@ def test_orthogonalize_approaches_the_nearest_orthogonal_matrix(shape):
     assert values.median() > 0.6
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert nn.functional.cosine_similarity((u @ v).flatten(), result.flatten(), dim=0) > 0.97
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_every_filter_gets_its_own_orthogonal_matrix_back(batched):
+    generator = torch.Generator().manual_seed(0)
+    filters = [torch.randn(shape, generator=generator) for shape in [(8, 4, 3, 3), (6, 5), (8, 36), (5, 6), (6, 5)]]
+    for given, result in zip(filters, orthogonalize_all(filters, 5, batched), strict=True):
+        assert result.shape == given.shape
+        torch.testing.assert_close(result.flatten(1), orthogonalize(given.flatten(1)[None], 5)[0])
 
 
 def test_muon_matches_torchs_on_matrices():
