@@ -21,7 +21,7 @@ LAYERS = [
     {"cluster", "progress", "run_dir", "worker", "predictor"},
     {"local", "ray_job", "ray_worker", "lean_trainer", "evaluate"},
     {"train", "report"},
-    {"recipes", "cli"},
+    {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
     "config",

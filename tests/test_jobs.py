@@ -85,21 +85,22 @@ def test_cifar10_that_cannot_be_had_names_the_remedies(
 
 @pytest.mark.ray
 def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) -> None:
-    """As they stand there, but for fewer epochs and a CIFAR-10 of 500 images."""
+    """As they stand there, but for fewer epochs, hasty measurements and a CIFAR-10 of 500 images."""
     section = (ROOT / "README.md").read_text().split("## Jobs")[1]
     commands = [line.split("#")[0].split() for line in section.split("```")[1].splitlines()[1:]]
     assert sorted({Path(command[1]).stem for command in commands}) == JOBS
     environment = os.environ | {"CIFAR10_DIR": str(parquet)}
+    shorter = {"jobs/train.py": ["--epochs", "2"], "jobs/benchmark.py": ["--epochs", "2", "--budget", "0.05"]}
     for command in commands:
         _, job, *flags = command
-        if job == "jobs/train.py":
-            flags += ["--epochs", "2"]
+        flags += shorter.get(job, [])
         named = [flag.replace("NAME", run.name) for flag in flags for run in [*tmp_path.glob("runs/*"), ROOT][:1]]
         done = subprocess.run([sys.executable, ROOT / job, *named], cwd=tmp_path, env=environment, check=False)
         assert done.returncode == 0, command
     assert (tmp_path / "data-report/data_report.html").exists()
     assert len(list(tmp_path.glob("runs/*/report.html"))) == 2
     assert (tmp_path / "report/report.html").exists()
+    assert json.loads((tmp_path / "benchmark/benchmark.json").read_text())["stages"]
 
 
 def test_output_that_nobody_reads_is_no_traceback() -> None:
