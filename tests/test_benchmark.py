@@ -23,6 +23,7 @@ from cifar.benchmark.scaling import (
     fit_link,
     measure,
     predict,
+    shared_batch_size,
     step_points,
     usual_scale,
 )
@@ -286,8 +287,16 @@ def test_a_count_that_cannot_be_is_reported_and_no_error(config: Config) -> None
     assert "does not divide among 3 workers" in found["error"]
 
 
+def test_all_counts_share_one_batch() -> None:
+    config = replace(Config(), train=TrainConfig(batch_size=500))
+    assert [shared_batch_size(config, counts) for counts in ([1], [1, 2, 4], [8], [3, 4], [64, 512])] == [
+        *(500, 500, 496, 492, 500)
+    ]
+    assert shared_batch_size(replace(config, optim=replace(config.optim, accumulate=10)), [3]) == 480
+
+
 def test_step_points_halve_the_batch_as_far_as_it_goes(bench: Bench) -> None:
-    points = step_points(bench, 16)
+    points = step_points(bench, 44, 16)
     assert [point["images"] for point in points] == [44, 22, 11, 5, 2]
     assert all(point["seconds"] > 0 and point["n"] >= 1 for point in points)
 
@@ -385,7 +394,14 @@ def test_what_is_shown_fits_and_names_what_is_missing(capsys: pytest.CaptureFixt
     rows = predict(PLANTED, 512, 100, [1, 2, 32])
     run = {"seed": 0, "accuracy": 0.9, "train_seconds": 1.0, "evaluation_seconds": 1.0, "seconds": 2.0}
     result = {
-        "machine": {"device_name": "a CPU", "cores": 2, "threads": 2, "torch": "2", "date": "today"},
+        "machine": {
+            "device_name": "a CPU",
+            "cores": 2,
+            "threads": 2,
+            "torch": "2",
+            "date": "today",
+            "load_average": 3.0,
+        },
         "data": "cifar10",
         "counts": {"train": 45_000},
         "batch_size": 512,
@@ -422,6 +438,7 @@ def test_what_is_shown_fits_and_names_what_is_missing(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 120
+    assert "busy" in out
     assert "never" in out
     assert "prediction" in out
     assert "2 workers were not measured: --workers 2: needs 2 GPUs" in out

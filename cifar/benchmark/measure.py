@@ -1,5 +1,6 @@
 """Repeated measurements, and the machine that they hold for."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,7 @@ def all_cores() -> Iterator[None]:
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
+    """`load_average` is that of the last minute before: what others do on this machine spoils a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
@@ -158,6 +160,9 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        # Two threads that share a core with others can be many times slower in oneDNN's backward convolutions, which
+        # wait for each other by spinning.
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -53,7 +53,8 @@ def benchmark(settings: Benchmark) -> dict[str, Any]:
         run = RunConfig(storage=storage)
         if settings.worker_counts:
             link = Link(latency=settings.link_latency_us * 1e-6, bytes_per_second=settings.link_gbps * 1e9 / 8)
-            scaled = scaling(bench, settings.worker_counts, link, run)
+            load = next(stage for stage in stages if (stage.stage, stage.variant) == ("load", bench.loader_kind))
+            scaled = scaling(bench, settings.worker_counts, load.seconds / load.images, link, run)
         loader = bench.loader_kind
         del bench  # the runs that follow want the memory
         if settings.seeds:

@@ -11,6 +11,7 @@ here, as are stragglers, so the one errs to the slow and the other to the fast s
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,7 @@ from scipy.optimize import nnls
 from cifar.benchmark.stages import Bench, time_steps
 from cifar.config import Config, ConfigError, RunConfig, RunFailed
 from cifar.data.loader import Batch
+from cifar.data.shares import num_batches
 from cifar.loop import epoch_size
 from cifar.train import fit
 
@@ -54,6 +56,7 @@ class StepModel:
     fixed: float
     """Seconds of a step that do not depend on its images, such as Muon's."""
     per_image: float
+    """Seconds per image, loading included."""
     gradient_bytes: int
     link: Link
 
@@ -65,10 +68,12 @@ class StepModel:
         return self.compute_seconds(batch_size / workers) + all_reduce
 
 
-def scaling(bench: Bench, counts: Sequence[int], link: Link, run: RunConfig) -> dict[str, Any]:
+def scaling(bench: Bench, counts: Sequence[int], load_per_image: float, link: Link, run: RunConfig) -> dict[str, Any]:
     """Measure `counts` of workers through Ray, in `run`'s storage, and predict `PREDICTED` besides. Ray is up.
 
-    All train at the size in pixels that most of the config's epochs have, with the batch that one worker has alone.
+    All train at the size in pixels that most of the config's epochs have, and share the config's batch, or the most of
+    it that divides among all counts.
+    `load_per_image` are the loader's seconds, which come to those of a step.
     """
     import ray
 
@@ -76,14 +81,15 @@ def scaling(bench: Bench, counts: Sequence[int], link: Link, run: RunConfig) -> 
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     scale = usual_scale(bench.config)
     config = replace(bench.config, train=replace(bench.config.train, scales=(scale,), epochs=EPOCHS, patience=0))
-    config = replace(config, train=replace(config.train, max_minutes=0.0, checkpoint_steps=0))
+    batch_size = shared_batch_size(config, counts)
+    config = replace(config, train=replace(config.train, max_minutes=0.0, checkpoint_steps=0, batch_size=batch_size))
     size = epoch_size(config.train, config.data.image_size, 0)
-    batch_size = config.train.batch_size
-    points = step_points(bench, size)
+    points = step_points(bench, batch_size, size)
     measured = [measure(config, count, replace(run, gpu=gpus > 0)) for count in counts]
     add_efficiency(measured)
     fixed, per_image = fit_compute([(p["images"], p["seconds"]) for p in points])
     gradient_bytes = sum(p.numel() * p.element_size() for p in bench.training.network.parameters() if p.requires_grad)
+    per_image += load_per_image
     model = StepModel(fixed=fixed, per_image=per_image, gradient_bytes=gradient_bytes, link=link)
     # Workers that share a node's cores are slower for another reason than the link.
     apart = [m for m in measured if "error" not in m and m["workers"] <= max(gpus, len(nodes))]
@@ -95,9 +101,20 @@ def scaling(bench: Bench, counts: Sequence[int], link: Link, run: RunConfig) -> 
         "cpus": sum(node.get("CPU", 0) for node in nodes),
         "gpus": gpus,
         "measured": measured,
-        "model": asdict(model) | {"points": points},
-        "predicted": predict(model, batch_size, bench.num_batches, sorted({*PREDICTED, *counts})),
+        "model": asdict(model) | {"load_per_image": load_per_image, "points": points},
+        "predicted": predict(
+            model,
+            batch_size,
+            num_batches(bench.prepared.counts["train"], batch_size, 1),
+            sorted({*PREDICTED, *counts}),
+        ),
     }
+
+
+def shared_batch_size(config: Config, counts: Sequence[int]) -> int:
+    """The config's rounded down to what divides among all counts; its own where no such batch is as small."""
+    shares = math.lcm(*counts) * config.optim.accumulate
+    return config.train.batch_size // shares * shares or config.train.batch_size
 
 
 def usual_scale(config: Config) -> float:
@@ -136,12 +153,12 @@ def add_efficiency(measured: list[dict[str, Any]]) -> None:
             m["efficiency"] = m["speedup"] * smallest / m["workers"]
 
 
-def step_points(bench: Bench, size: int) -> list[dict[str, Any]]:
-    """Median seconds of a step in this process on a batch, a half of it, a quarter, and so on to a 32nd."""
+def step_points(bench: Bench, batch_size: int, size: int) -> list[dict[str, Any]]:
+    """Median seconds of a step in this process, without loading: on `batch_size` images, a half, ... to a 32nd."""
     points = []
     micro_batches = bench.config.optim.accumulate
     for divisor in PREDICTED:
-        images = bench.config.train.batch_size // divisor
+        images = batch_size // divisor
         if images < max(micro_batches, 2):  # batch norm needs two
             break
         batches = cycle(Batch(*(column[:images] for column in batch)) for batch in bench.batches)
@@ -187,8 +204,8 @@ def fit_link(model: StepModel, batch_size: int, step_seconds: dict[int, float]) 
     return Link(latency=latency, bytes_per_second=1 / per_byte, source=f"fitted to {named} workers")
 
 
-def predict(model: StepModel, batch_size: int, num_batches: int, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """For each count of workers that have an image each; efficiency against one worker."""
+def predict(model: StepModel, batch_size: int, steps: int, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """For each count of workers that have an image each; an epoch has `steps`; efficiency is against one worker."""
     alone = model.seconds(batch_size, 1)
     predicted = []
     for workers in (count for count in counts if count <= batch_size):
@@ -201,7 +218,7 @@ def predict(model: StepModel, batch_size: int, num_batches: int, counts: Sequenc
                 "all_reduce_seconds": model.link.all_reduce_seconds(model.gradient_bytes, workers),
                 "images_per_second": batch_size / seconds,
                 "efficiency": alone / seconds / workers,
-                "epoch_seconds": num_batches * seconds,
+                "epoch_seconds": steps * seconds,
             }
         )
     return predicted

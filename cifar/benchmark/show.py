@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 116
+BUSY = 0.5
+"""Load average above which figures are doubtful."""
 
 
 def show(result: dict[str, Any]) -> None:
@@ -19,6 +21,8 @@ def show(result: dict[str, Any]) -> None:
         f"{machine['device_name']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, "
         f"{machine['date']}"
     )
+    if (load := machine["load_average"]) is not None and load > BUSY:
+        console.print(f"The machine was busy before this began (load average {load:.1f}): expect slower figures.")
     console.print(
         f"{result['data']}: {result['counts']['train']:,} training images, batch size {result['batch_size']}, "
         f"{result['loader']} data"

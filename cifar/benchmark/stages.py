@@ -73,7 +73,7 @@ class Alone:
 class Bench:
     """A run's parts as they are before its first step, on data that are prepared, and the measurements on them.
 
-    `config` has its batch size. The loader is the one that the run takes.
+    `config` has its batch size. The loader is the one that a run in this process takes.
     """
 
     def __init__(self, config: Config, prepared: Prepared, device: torch.device, budget: float):
@@ -127,7 +127,10 @@ class Bench:
         return [self._load(kind) for kind in kinds]
 
     def steps(self) -> tuple[list[Stage], dict[str, float]]:
-        """The parts of a training step at each size and their mean over the epochs; operators' shares."""
+        """The parts of a training step at each size and their mean over the epochs; operators' shares.
+
+        `step` is the sum of the parts: all but the loading.
+        """
         sizes = epoch_sizes(self.config)
         parts: dict[str, list[Stage]] = {part: [] for part in (*PARTS, "step")}
         shares, spent = {}, {}

@@ -144,9 +144,10 @@ def operator_shares(run_step: Callable[[Meter], None], steps: int, device: torch
         synchronize(device)
     sums: Counter[str] = Counter()
     for event in profiler.events() or []:
-        on_device = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        if on_device > 0:
-            sums[_kind(event)] += on_device
+        busy = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        # A kernel comes once more, as an event of the GPU; who started it has its time already.
+        if event.device_type.name == "CPU" and busy > 0:
+            sums[_kind(event)] += busy
     total = sum(sums.values())
     return {kind: value / total for kind, value in sums.most_common()}
 
