@@ -105,6 +105,21 @@ def info(config: Config) -> ModelInfo:
     return ModelInfo(config=config, classes=classes, mean=MEAN, std=STD, fingerprint="f00d", source="here")
 
 
+@pytest.mark.slow
+def test_compiling_changes_no_gradient_in_bf16() -> None:
+    """A maximum whose backward looks for the place by its value does not find it again, and divides by zero."""
+    gradients = []
+    for compiled in (False, True):
+        model = build(Config(model=ModelConfig(widths=(8, 16))))
+        network = torch.compile(model, dynamic=False) if compiled else model
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(images(16, size=16))
+        logits.float().square().mean().backward()  # pyright: ignore[reportAttributeAccessIssue]
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, eager in gradients[0].items():
+        assert (gradients[1][name] - eager).norm() < 0.25 * eager.norm(), name
+
+
 @pytest.mark.parametrize("config", [CNN, DEEP, NOTEBOOK], ids=["cnn", "deep", "notebook"])
 def test_saved_model_answers_the_same(config: Config, tmp_path: Path) -> None:
     model = build(config)

@@ -119,7 +119,7 @@ def epoch_sizes(config: Config) -> dict[int, int]:
 OPERATORS = {
     "convolution": r"convolution|conv2d|thnn_conv",
     "batch norm": r"batch_?norm",
-    "pooling": r"max_?pool|avg_?pool|amax",
+    "pooling": r"max_?pool|avg_?pool",
     "activation": r"gelu|relu",
     "dropout": r"dropout",
     "linear": r"linear|addmm|::mm$|^mmbackward|^addmmbackward|^tbackward",

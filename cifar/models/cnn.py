@@ -51,7 +51,9 @@ class Cnn(nn.Module):
         if torch.is_autocast_enabled(device):
             whitened = whitened.to(torch.get_autocast_dtype(device))
         features = self.groups(nn.functional.gelu(whitened))
-        return self.head(self.dropout(features.amax(dim=(2, 3)))) * self.head_scale
+        # Not amax: its gradient looks for the maximum, which a compiled bf16 network computes with another rounding.
+        pooled = nn.functional.adaptive_max_pool2d(features, 1).flatten(1)
+        return self.head(self.dropout(pooled)) * self.head_scale
 
 
 class ConvGroup(nn.Module):
