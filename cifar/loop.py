@@ -14,6 +14,7 @@ from cifar.data.loader import Batch
 from cifar.data.prepared import Arrays
 from cifar.metrics import Totals
 from cifar.optim import Averager, lr_scale, native_bf16, set_lr
+from cifar.selection import Selection
 
 
 def train_epoch(
@@ -25,28 +26,30 @@ def train_epoch(
     *,
     epoch: int,
     start: int,
-    num_batches: int,
+    first_step: int,
+    total_steps: int,
     num_classes: int,
     rank: int,
     totals: Totals,
+    selection: Selection | None,
     augmented: bool,
     after_step: Callable[[int], bool],
 ) -> None:
     """Run the optimizer steps of one epoch from batch `start` on, adding what it counts to `totals`.
 
     `model` is the network or its compiled or distributed wrapper. `batches` are this worker's, `augmented` if they come
-    with random changes applied. After each step `after_step(steps done in this epoch)` may end the epoch early by
+    with random changes applied. `first_step`, of the `total_steps` of the run, is that of the epoch's batch 0. The loss
+    of each image goes to `selection`. After each step `after_step(steps done in this epoch)` may end the epoch early by
     returning True.
     """
     model.train()
     device = totals.sums.device
     size = epoch_size(config.train, config.data.image_size, epoch)
-    total_steps = config.train.epochs * num_batches
     seed, parameters = config.train.seed, [p for p in model.parameters() if p.requires_grad]
     mixing = config.augment.mixup > 0 or config.augment.cutmix > 0
     micro_batches = config.optim.accumulate
     for number, batch in enumerate(batches, start):
-        step = epoch * num_batches + number
+        step = first_step + number
         set_lr(optimizer, lr_scale(config.optim, step, total_steps))
         images, targets = batch.images, batch.labels
         if not augmented:
@@ -57,17 +60,19 @@ def train_epoch(
         if config.model.dropout:
             torch.manual_seed(derive_seed(seed, step, rank, "dropout"))
         optimizer.zero_grad(set_to_none=True)
-        for part, (some, wanted) in enumerate(
-            zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True)
-        ):
+        chunks = (column.chunk(micro_batches) for column in (images, targets, batch.indices))
+        for part, (some, wanted, indices) in enumerate(zip(*chunks, strict=True)):
             with synchronized_only_if(part == micro_batches - 1, model):
                 with autocast(config.train, device):
                     logits = model(some)
-                loss = F.cross_entropy(
-                    logits.float(), wanted, reduction="sum", label_smoothing=config.optim.label_smoothing
+                losses = F.cross_entropy(
+                    logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
                 )
+                loss = losses.sum()
                 (loss / len(images)).backward()
             totals.add(logits, wanted, loss)
+            if selection is not None:
+                selection.add(indices, losses)
         if config.optim.clip_norm:
             nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
         optimizer.step()

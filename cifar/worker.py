@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from cifar.augment import derive_seed
 from cifar.config import Config, RunFailed
-from cifar.data.loader import Batch, Loader
+from cifar.data.loader import Batch, Choose, Loader
 from cifar.data.prepared import Arrays, Prepared
 from cifar.loop import evaluate, train_epoch
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import Classifier, build_model
 from cifar.optim import Averager, build_averager, build_optimizer
+from cifar.selection import Selection, epoch_batches
 
 AGREE_STEPS = 16
 """Steps between the points where several workers agree on stopping; asking at each step would cost a round trip."""
@@ -87,6 +89,7 @@ class Training:
     """The network, or its compiled or distributed wrapper."""
     optimizer: torch.optim.Optimizer
     averager: Averager | None
+    selection: Selection | None
 
     @property
     def evaluated(self) -> Classifier:
@@ -117,7 +120,7 @@ def train_worker(
                 context.history(position.history)
         worker = Worker(config, prepared, context, training, position, loader.num_batches)
         while position.epoch < config.train.epochs and not position.stopped:
-            batches = loader.epoch(position.epoch, position.step)
+            batches = loader.epoch(position.epoch, position.step, worker.choose())
             train_result = worker.train_epoch(batches, augmented)
             val_result = worker.evaluate(val_batches(context))
             worker.finish_epoch(train_result, val_result)
@@ -143,14 +146,32 @@ class Worker:
         num_batches: int,
     ):
         self.config, self.prepared, self.context = config, prepared, context
-        self.training, self.position, self.num_batches = training, position, num_batches
+        self.training, self.position = training, position
+        self.epoch_batches = epoch_batches(num_batches, config.train)
         self.totals = Totals.zeros(context.device)
         self._run_started_at = time.perf_counter() - position.train_seconds
         self._epoch_started_at, self._shown_at = 0.0, 0.0
-        self._first_step, self._seconds = 0, 0.0
+        self._resumed_at, self._seconds = 0, 0.0
         self._out_of_time, self._warned = False, False
         # Alone and on a CPU, asking costs nothing, so that the very step at which the loss breaks is named.
         self._agree_steps = 1 if context.world_size == 1 and context.device.type == "cpu" else AGREE_STEPS
+
+    @property
+    def num_batches(self) -> int:
+        """Of this epoch."""
+        return self.epoch_batches[self.position.epoch]
+
+    @property
+    def first_step(self) -> int:
+        """Of this epoch, counted over the run."""
+        return sum(self.epoch_batches[: self.position.epoch])
+
+    def choose(self) -> Choose | None:
+        """What picks the images of this epoch; None for all."""
+        if self.training.selection is None or self.num_batches == self.epoch_batches[0]:
+            return None
+        per_worker = self.config.train.batch_size // self.context.world_size
+        return partial(self.training.selection.hardest, count=self.num_batches * per_worker)
 
     def train_epoch(self, batches: Iterable[Batch], augmented: bool) -> dict[str, float]:
         """The steps that are left of the epoch; loss and accuracy over all workers."""
@@ -158,7 +179,7 @@ class Worker:
         self.totals = Totals.zeros(self.context.device)
         if self.context.rank == 0:
             self.totals.sums += torch.tensor(position.sums, dtype=self.totals.sums.dtype)
-        self._first_step = position.step
+        self._resumed_at = position.step
         self._epoch_started_at = time.perf_counter()
         train_epoch(
             training.model,
@@ -168,10 +189,12 @@ class Worker:
             self.config,
             epoch=position.epoch,
             start=position.step,
-            num_batches=self.num_batches,
+            first_step=self.first_step,
+            total_steps=sum(self.epoch_batches),
             num_classes=len(self.prepared.classes),
             rank=self.context.rank,
             totals=self.totals,
+            selection=training.selection,
             augmented=augmented,
             after_step=self._after_step,
         )
@@ -200,10 +223,10 @@ class Worker:
         if self._out_of_time:
             position.stopped = f"time budget spent (--max-minutes {train.max_minutes:g})"
         position.train_seconds = time.perf_counter() - self._run_started_at
-        images = (position.step - self._first_step) * train.batch_size
+        images = (position.step - self._resumed_at) * train.batch_size
         row = {
             "epoch": position.epoch + 1,
-            "step": position.epoch * self.num_batches + position.step,
+            "step": self.first_step + position.step,
             "train_loss": train_result["loss"],
             "train_accuracy": train_result["accuracy"],
             "val_loss": val_result["loss"],
@@ -215,6 +238,8 @@ class Worker:
             "train_seconds": position.train_seconds,
         }
         position.history.append(row)
+        if self.training.selection is not None:
+            self.training.selection.finish_epoch()
         position.epoch, position.step, position.sums = position.epoch + 1, 0, (0.0, 0.0, 0.0)
 
     def report_epoch(self) -> None:
@@ -258,6 +283,8 @@ class Worker:
         self._require_finite(totals.sums)
         loss, correct, count = totals.sums.tolist()
         position.sums = loss, correct, count
+        if self.training.selection is not None:
+            self.training.selection.share()
         position.train_seconds = time.perf_counter() - self._run_started_at
         self._report({"epoch": position.epoch + 1, "step": position.step, "score": -1.0})
 
@@ -270,7 +297,7 @@ class Worker:
     def _require_finite(self, sums: Tensor) -> None:
         """Raise RunFailed if a sum is not a number. Waits for the device."""
         if not bool(sums.isfinite().all()):
-            step = self.position.epoch * self.num_batches + self.position.step
+            step = self.first_step + self.position.step
             raise RunFailed(
                 f"the loss is not finite after step {step} (epoch {self.position.epoch + 1}); lower --lr "
                 f"(now {self.config.optim.lr:g}), add --warmup 0.1 or --clip-norm 1, or use --precision fp32"
@@ -282,7 +309,7 @@ class Worker:
             return
         self._shown_at = now
         loss, correct, count = self.totals.sums.tolist()  # of rank 0 alone; waits for the device
-        steps = self.position.step - self._first_step
+        steps = self.position.step - self._resumed_at
         self.context.progress(
             {
                 "epoch": self.position.epoch + 1,
@@ -315,7 +342,11 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
         # more workers would add up gradients in another order than after a resume.
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
     optimizer = build_optimizer(network, config.optim, config.train.batch_size)
-    return Training(network=network, model=model, optimizer=optimizer, averager=averager)
+    selection = None
+    if config.train.skip_easy:
+        num_images = sum(prepared.counts.values()) + prepared.quarantined  # as many as the source numbers
+        selection = Selection(num_images, context.device)
+    return Training(network=network, model=model, optimizer=optimizer, averager=averager, selection=selection)
 
 
 def share_buffers(network: nn.Module) -> None:
@@ -334,6 +365,7 @@ def save_checkpoint(config: Config, prepared: Prepared, training: Training, posi
         "network": training.network.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "averager": training.averager.state_dict() if training.averager else {},
+        "selection": training.selection.state_dict() if training.selection else {},
     }
     torch.save(state, folder / "state.pt")
     (folder / "position.json").write_text(json.dumps(dataclasses.asdict(position)))
@@ -347,6 +379,8 @@ def load_checkpoint(folder: Path, training: Training) -> Position:
     training.optimizer.load_state_dict(state["optimizer"])
     if training.averager is not None:
         training.averager.load_state_dict(state["averager"])
+    if training.selection is not None:
+        training.selection.load_state_dict(state["selection"])
     values = json.loads((folder / "position.json").read_text())
     return Position(**values | {"sums": tuple(values["sums"])})
 

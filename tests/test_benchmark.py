@@ -78,10 +78,12 @@ def test_the_steps_that_are_timed_are_those_of_training(
         config,
         epoch=1,
         start=0,
-        num_batches=loop.num_batches,
+        first_step=loop.num_batches,
+        total_steps=config.train.epochs * loop.num_batches,
         num_classes=classes,
         rank=0,
         totals=Totals.zeros(CPU),
+        selection=None,
         augmented=False,
         after_step=lambda done: False,
     )

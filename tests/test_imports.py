@@ -16,7 +16,7 @@ MODULES = {
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
     {"config", "machine"},
-    {"augment", "models", "optim", "metrics"},
+    {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "worker", "predictor"},
     {"local", "ray_job", "ray_worker", "lean_trainer", "evaluate"},
@@ -29,6 +29,7 @@ WITHOUT_RAY = [
     "models",
     "optim",
     "metrics",
+    "selection",
     "loop",
     "model_dir",
     "worker",

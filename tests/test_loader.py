@@ -77,6 +77,20 @@ def test_starting_in_the_middle_gives_the_rest(prepared: Prepared, kind: str) ->
     assert indices(make(prepared, kind).epoch(2, start=4)) == whole[4 * 44 :]
 
 
+def test_an_epoch_of_chosen_images_has_no_others(prepared: Prepared) -> None:
+    """In the order that the whole epoch has them in, in full batches alone."""
+    wanted = {index for index in indices(make(prepared, "resident").epoch(2)) if index % 3}
+
+    def choose(found: torch.Tensor) -> torch.Tensor:
+        return found % 3 > 0
+
+    whole = [index for index in indices(make(prepared, "resident").epoch(2)) if index in wanted]
+    chosen = list(make(prepared, "resident").epoch(2, choose=choose))
+    assert [len(batch.labels) for batch in chosen] == [44] * (len(wanted) // 44)
+    assert indices(chosen) == whole[: len(wanted) // 44 * 44]
+    assert indices(make(prepared, "resident").epoch(2, 3, choose)) == indices(chosen)[3 * 44 :]
+
+
 @kinds
 def test_workers_get_equal_disjoint_shares(prepared: Prepared, kind: str) -> None:
     shares = [make(prepared, kind, rank, 2) for rank in range(2)]

@@ -81,13 +81,14 @@ def test_tensorboard_reads_the_events(here: Config) -> None:
         lambda c: replace(c, model=replace(c.model, model="notebook", dropout=0.3)),
         lambda c: replace(c, augment=replace(c.augment, mixup=0.4, cutmix=1.0, policy="trivial")),
         lambda c: replace(c, train=replace(c.train, loader="streaming")),
+        lambda c: replace(c, train=replace(c.train, skip_easy=0.3, epochs=4)),
     ],
-    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming"],
+    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming", "skip-easy"],
 )
-def test_interrupted_twice_ends_with_the_same_bits(
+def test_interrupted_often_ends_with_the_same_bits(
     here: Config, change: Callable[[Config], Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed right after a checkpoint in mid-epoch and right after the one of an epoch."""
+    """Killed right after a checkpoint in mid-epoch, after the one of an epoch, and in the middle of the third."""
     config = change(replace(here, train=replace(here.train, checkpoint_steps=4)))
     whole = fit(named(config, "whole"))
     report = LocalContext.report
@@ -97,11 +98,11 @@ def test_interrupted_twice_ends_with_the_same_bits(
         nonlocal reports
         report(self, metrics, checkpoint)
         reports += 1
-        if reports in (2, 4):
+        if reports in (2, 6, 7):
             raise Interrupted
 
     monkeypatch.setattr(LocalContext, "report", report_and_die)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Interrupted):
             fit(named(config, "pieces"))
     pieces = fit(named(config, "pieces"))
@@ -114,6 +115,14 @@ def test_interrupted_twice_ends_with_the_same_bits(
         for run in (whole, pieces)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_easy_images_are_left_out_of_the_epochs_between(here: Config) -> None:
+    """9 batches in a full epoch; the schedule of the learning rate ends with the steps that there are."""
+    history = fit(named(here, "skipping", skip_easy=0.5, epochs=5)).history
+    assert [row["step"] for row in history] == [9, 18, 22, 26, 35]
+    assert history[-1]["lr"] == pytest.approx(0.01 / 35)
+    assert history[-1]["val_accuracy"] > 0.9
 
 
 def test_another_seed_gives_other_weights(here: Config) -> None:

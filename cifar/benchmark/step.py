@@ -67,9 +67,10 @@ class Stepper:
                 with autocast(config.train, self.device):
                     logits = training.model(some)
                 with record_function("loss"):
-                    loss = F.cross_entropy(
-                        logits.float(), wanted, reduction="sum", label_smoothing=config.optim.label_smoothing
+                    losses = F.cross_entropy(
+                        logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
                     )
+                    loss = losses.sum()
                     self._totals.add(logits, wanted, loss)
             with meter("backward"):
                 (loss / len(images)).backward()

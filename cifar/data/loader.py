@@ -29,6 +29,8 @@ second."""
 
 OpenStream: TypeAlias = Callable[[list[tuple[int, RowRange]]], Generator[pa.Table]]
 """From row ranges, each with its epoch, to their tables."""
+Choose: TypeAlias = Callable[[Tensor], Tensor]
+"""From the indices of a worker's images, int64 (N,), to bool (N,)."""
 
 
 class Batch(NamedTuple):
@@ -44,8 +46,8 @@ class Loader(Protocol):
     num_batches: int
     """Batches per epoch of this worker, the same on all workers."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on."""
+    def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on; of the images that `choose` picks, if it is given."""
         ...
 
     def sample(self, count: int) -> Tensor:
@@ -76,10 +78,12 @@ class ResidentLoader:
         self._per_worker = batch_size // world_size
         self._seed, self._rank, self._device = seed, rank, device
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
         order = torch.randperm(len(self._labels), generator=generator).to(self._device, non_blocking=True)
-        for number in range(start, self.num_batches):
+        if choose is not None:
+            order = order[choose(self._indices)[order]]
+        for number in range(start, min(len(order) // self._per_worker, self.num_batches)):
             rows = order[number * self._per_worker : (number + 1) * self._per_worker]
             yield Batch(self._images[rows].permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
 
@@ -118,7 +122,8 @@ class StreamingLoader:
         self._stream: Generator[pa.Table] | None = None
         self._next_epoch = -1
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
+        assert choose is None, "a stream goes by all rows"
         if epoch != self._next_epoch or self._stream is None:
             # The first epoch, or one after another that was left early.
             self.close()
