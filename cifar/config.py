@@ -115,8 +115,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout share: after each block of `notebook` (rising by 0.1 a block), before the head of `cnn`."""
     tta: TestTimeAugmentation = "none"
-    """What an answer is the mean over: the image, with its mirror image, or both also shifted by a pixel (Jordan 2024).
-    Twice and six times the work. Validation during training does without."""
+    """What an answer is the mean over, where the network is unsure: the image, with its mirror image, or both also
+    shifted by a pixel (Jordan 2024). Validation during training does without."""
 
     def __post_init__(self) -> None:
         _require(

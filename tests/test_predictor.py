@@ -40,6 +40,7 @@ def test_probabilities_are_the_softmax_of_what_the_bare_model_says():
 
 
 def test_mirror_averages_the_logits_of_the_image_and_its_mirror_image():
+    """An untrained network is unsure of all of them."""
     plain, mirror = (Predictor(loaded_model(tta=tta), device="cpu") for tta in ("none", "mirror"))
     expected = (plain.logits(images()) + plain.logits(images()[:, :, ::-1])) / 2
     np.testing.assert_allclose(mirror.logits(images()), expected, rtol=1e-4, atol=1e-6)
@@ -52,6 +53,22 @@ def test_shift_weighs_the_image_in_place_as_much_as_both_shifted_ones():
     corners = mirror.logits(padded[:, :-2, :-2]) + mirror.logits(padded[:, 2:, 2:])
     expected = mirror.logits(images()) / 2 + corners / 4
     np.testing.assert_allclose(shift.logits(images()), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_images_that_the_network_is_sure_of_are_asked_once(monkeypatch, batch_size):
+    """Those below the margin get the mean, the others the plain answer, whatever else is in their batch."""
+    plain, mirror = (Predictor(loaded_model(tta=tta), "cpu", batch_size) for tta in ("none", "mirror"))
+    means = mirror.logits(images())
+    probabilities = np.sort(plain.predict(images()), axis=1)
+    margins = probabilities[:, -1] - probabilities[:, -2]
+    monkeypatch.setattr("cifar.predictor.SURE", float(np.median(margins)))
+    unsure = margins < np.median(margins)
+    assert 0 < unsure.sum() < len(unsure)
+    expected = np.where(unsure[:, None], means, plain.logits(images()))
+    np.testing.assert_allclose(mirror.logits(images()), expected, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr("cifar.predictor.SURE", 0.0)
+    np.testing.assert_allclose(mirror.logits(images()), plain.logits(images()), rtol=1e-4, atol=1e-6)
 
 
 def test_array_and_tensor_layouts_give_the_same_answers():

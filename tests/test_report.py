@@ -135,7 +135,7 @@ def test_the_page_says_what_an_answer_is_the_mean_over(tmp_path, evaluation):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, tta="shift"))
     shifted = dataclasses.replace(evaluation, model=dataclasses.replace(evaluation.model, config=config))
     text = write_report(tmp_path / "shift", shifted).read_text()
-    assert "the mean over an image and its mirror image, in place and shifted by a pixel." in text
+    assert "is the mean over the image and its mirror image, in place and shifted by a pixel." in text
 
 
 def test_a_page_loads_nothing_from_elsewhere_and_its_ids_are_unique(tmp_path, evaluation):

@@ -105,6 +105,7 @@ class Job:
         self._command = [
             *(sys.executable, "jobs/train.py", "--data", config.data.data, "--image-size", "16", "--widths", "8", "16"),
             *("--batch-size", "44", "--epochs", "40", "--scales", "1", "--checkpoint-steps", "5", "--average", "ema"),
+            *("--skip-easy", "0.3"),
             *("--workers", str(workers), "--storage", config.run.storage, "--name", name),
         ]
 
