@@ -62,6 +62,8 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         chunks = (column.chunk(micro_batches) for column in (images, targets, batch.indices))
         for part, (some, wanted, indices) in enumerate(zip(*chunks, strict=True)):
+            if config.train.compile:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
             with synchronized_only_if(part == micro_batches - 1, model):
                 with autocast(config.train, device):
                     logits = model(some)

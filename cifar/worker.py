@@ -153,8 +153,7 @@ class Worker:
         self._epoch_started_at, self._shown_at = 0.0, 0.0
         self._resumed_at, self._seconds = 0, 0.0
         self._out_of_time, self._warned = False, False
-        # Alone and on a CPU, asking costs nothing, so that the very step at which the loss breaks is named.
-        self._agree_steps = 1 if context.world_size == 1 and context.device.type == "cpu" else AGREE_STEPS
+        self._alone = context.world_size == 1
 
     @property
     def num_batches(self) -> int:
@@ -252,11 +251,16 @@ class Worker:
     def _after_step(self, steps_done: int) -> bool:
         """Called after each optimizer step, on all workers alike; True ends the epoch early."""
         self.position.step = steps_done
-        if self.context.rank == 0:
-            self._show_progress()
+        now = time.perf_counter()
+        show = now - self._shown_at >= SHOW_SECONDS
+        if show and self.context.rank == 0:
+            self._shown_at = now
+            self._show_progress(now)
         if steps_done == self.num_batches:
             return False
-        if steps_done % self._agree_steps == 0:
+        # Asking waits for the device. A GPU that has no other to agree with is let run on until progress is shown; on a
+        # CPU it costs nothing, so that the very step at which the loss breaks is named.
+        if (show or self.context.device.type == "cpu") if self._alone else steps_done % AGREE_STEPS == 0:
             self._agree()
         if steps_done % AGREE_STEPS == 0 and not self._warned and self.context.preempted():
             self._warned = True
@@ -303,11 +307,7 @@ class Worker:
                 f"(now {self.config.optim.lr:g}), add --warmup 0.1 or --clip-norm 1, or use --precision fp32"
             )
 
-    def _show_progress(self) -> None:
-        now = time.perf_counter()
-        if now - self._shown_at < SHOW_SECONDS:
-            return
-        self._shown_at = now
+    def _show_progress(self, now: float) -> None:
         loss, correct, count = self.totals.sums.tolist()  # of rank 0 alone; waits for the device
         steps = self.position.step - self._resumed_at
         self.context.progress(
@@ -335,8 +335,9 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     averager = build_averager(network, config.optim)
     model: nn.Module = network
     if config.train.compile:
-        # Static shapes: a resumed run compiles each size as the first run did.
-        model = torch.compile(network, dynamic=False)  # pyright: ignore[reportAssignmentType]
+        # Static shapes: a resumed run compiles each size as the first run did. CUDA graphs spare a GPU the launches.
+        graphs = context.device.type == "cuda" and context.world_size == 1
+        model = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)  # pyright: ignore
     if context.world_size > 1:
         # Looking for unused parameters keeps DDP from sorting its buckets anew after the first step, whereupon three or
         # more workers would add up gradients in another order than after a resume.
