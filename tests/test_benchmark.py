@@ -34,9 +34,9 @@ from cifar.benchmark.step import (
     PARTS,
     FlopMeter,
     Stopwatch,
-    epoch_sizes,
     mean_shares,
     operator_shares,
+    steps_by_size,
 )
 from cifar.config import Config, ConfigError, RunConfig, TrainConfig
 from cifar.data.prepared import Prepared
@@ -150,15 +150,17 @@ def test_mean_shares_weigh_by_time() -> None:
     assert shares == {"a": pytest.approx(0.625), "b": pytest.approx(0.375)}
 
 
-def test_sizes_are_counted_in_epochs() -> None:
-    assert epoch_sizes(RECIPES["notebook"]()) == {32: 100}
+def test_sizes_are_counted_in_steps() -> None:
+    assert steps_by_size(RECIPES["notebook"](), 7) == {32: 700}
     config = replace(Config(), train=TrainConfig(epochs=8, scales=(0.625, 0.625, 0.75, 1.0)))
-    assert epoch_sizes(config) == {20: 4, 24: 2, 32: 2}
+    assert steps_by_size(config, 10) == {20: 40, 24: 20, 32: 20}
+    skipping = replace(config, train=replace(config.train, skip_easy=0.5))
+    assert steps_by_size(skipping, 10) == {20: 30, 24: 10, 32: 15}
     assert usual_scale(config) == 0.625
     assert usual_scale(replace(config, train=replace(config.train, scales=(0.5, 1.0)))) == 1.0  # of equals the larger
 
 
-def test_the_mean_over_the_epochs_weighs_by_epochs() -> None:
+def test_the_mean_over_a_run_weighs_by_steps() -> None:
     fast = Stage.of("forward", "8 px", [1.0, 1.0, 2.0], images=10, flops=100)
     slow = Stage.of("forward", "16 px", [4.0, 5.0, 9.0], images=10, flops=400)
     mean = weighted_mean([fast, slow], [3, 1], "mean")
@@ -368,13 +370,13 @@ def test_the_job_measures_every_stage(here: Config, tmp_path: Path, capsys: pyte
             assert stage["images_per_second"] == pytest.approx(stage["images"] / stage["seconds"])
     for part in ("forward", "backward", "step"):
         small, large = stages[part, "8 px"], stages[part, "16 px"]
-        mean = stages[part, "mean over the epochs"]
+        mean = stages[part, "mean over a run"]
         assert mean["seconds"] == pytest.approx((small["seconds"] + large["seconds"]) / 2)
         assert mean["ceiling_share"] == pytest.approx(
             mean["flops"] / mean["seconds"] / result["ceiling"]["flops_per_second"]
         )
-    step = stages["step", "mean over the epochs"]
-    assert step["flops"] == sum(stages[part, "mean over the epochs"]["flops"] for part in PARTS)
+    step = stages["step", "mean over a run"]
+    assert step["flops"] == sum(stages[part, "mean over a run"]["flops"] for part in PARTS)
     assert sum(result["operators"].values()) == pytest.approx(1)
     assert result["counts"] == {"train": 396, "val": 44, "test": 60}
     assert (result["batch_size"], result["loader"]) == (44, "resident")
@@ -392,7 +394,7 @@ def test_the_job_measures_every_stage(here: Config, tmp_path: Path, capsys: pyte
 
 def test_what_is_shown_fits_and_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     """Large and small numbers, seeds without target, counts that were not measured: no cell is cut."""
-    stage = Stage.of("checkpoint save", "mean over the epochs", [123.4, 9999.9], images=10**9, flops=10**15)
+    stage = Stage.of("checkpoint save", "mean over a run", [123.4, 9999.9], images=10**9, flops=10**15)
     rows = predict(PLANTED, 512, 100, [1, 2, 32])
     run = {"seed": 0, "accuracy": 0.9, "train_seconds": 1.0, "evaluation_seconds": 1.0, "seconds": 2.0}
     result = {

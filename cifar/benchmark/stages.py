@@ -26,7 +26,7 @@ from cifar.benchmark.measure import (
     synchronize,
     weighted_mean,
 )
-from cifar.benchmark.step import PARTS, FlopMeter, Stepper, Stopwatch, epoch_sizes, mean_shares, operator_shares
+from cifar.benchmark.step import PARTS, FlopMeter, Stepper, Stopwatch, mean_shares, operator_shares, steps_by_size
 from cifar.cluster import choose_loader
 from cifar.config import Config, RunConfig
 from cifar.data.decode import decode
@@ -127,21 +127,21 @@ class Bench:
         return [self._load(kind) for kind in kinds]
 
     def steps(self) -> tuple[list[Stage], dict[str, float]]:
-        """The parts of a training step at each size and their mean over the epochs; operators' shares.
+        """The parts of a training step at each size and their mean over a run's; operators' shares.
 
         `step` is the sum of the parts: all but the loading.
         """
-        sizes = epoch_sizes(self.config)
+        sizes = steps_by_size(self.config, self.num_batches)
         parts: dict[str, list[Stage]] = {part: [] for part in (*PARTS, "step")}
         shares, spent = {}, {}
-        for size, epochs in sizes.items():
+        for size, steps in sizes.items():
             flops = self._flops(size)
             stepper, batches = self.stepper(), cycle(self.batches)
             seconds = time_steps(stepper, batches, size, self.budget)
             for part in PARTS:
                 parts[part].append(self._part(part, size, seconds[part], flops[part]))
             parts["step"].append(self._part("step", size, seconds["step"], sum(flops.values())))
-            spent[size] = parts["step"][-1].seconds * epochs
+            spent[size] = parts["step"][-1].seconds * steps
             shares[size] = operator_shares(
                 lambda meter, stepper=stepper, batches=batches, size=size: stepper.step(
                     next(batches), meter, size=size
@@ -152,7 +152,7 @@ class Bench:
         stages = []
         for of_part in parts.values():
             stages += of_part if len(of_part) > 1 else []
-            stages.append(weighted_mean(of_part, list(sizes.values()), "mean over the epochs"))
+            stages.append(weighted_mean(of_part, list(sizes.values()), "mean over a run"))
         return stages, mean_shares(shares, spent)
 
     def checkpoints(self, folder: Path) -> list[Stage]:
@@ -174,7 +174,10 @@ class Bench:
         return [Stage.of("checkpoint save", variant, saving), Stage.of("checkpoint load", variant, loading)]
 
     def evaluation(self, model: Path) -> list[Stage]:
-        """Answers for a batch of val by the model folder's Predictor, with its test-time augmentation."""
+        """Answers for a batch of val by the model folder's Predictor, with its test-time augmentation.
+
+        After the few steps of a benchmark the network is unsure of nearly all images: the most that answers cost.
+        """
         predictor = Predictor(model, device=self.device.type)
         images = next(self.prepared.batches("val", predictor.batch_size)).images
         seconds = repeat(lambda: predictor.predict(images), self.budget, self.device)

@@ -20,6 +20,7 @@ from cifar.data.loader import Batch
 from cifar.loop import autocast, epoch_size, resize
 from cifar.metrics import Totals
 from cifar.optim import lr_scale, set_lr
+from cifar.selection import epoch_batches
 from cifar.worker import Training
 
 PARTS = ("augment", "resize", "forward", "backward", "optimizer")
@@ -111,10 +112,13 @@ class FlopMeter:
         self.flops[part] += counter.get_total_flops()
 
 
-def epoch_sizes(config: Config) -> dict[int, int]:
-    """Training sizes in pixels, ascending, each with the number of epochs that train at it."""
-    train = config.train
-    return dict(sorted(Counter(epoch_size(train, config.data.image_size, e) for e in range(train.epochs)).items()))
+def steps_by_size(config: Config, num_batches: int) -> dict[int, int]:
+    """Training sizes in pixels, ascending, each with the steps of a run that train at it; a full epoch has
+    `num_batches`."""
+    steps: Counter[int] = Counter()
+    for epoch, batches in enumerate(epoch_batches(num_batches, config.train)):
+        steps[epoch_size(config.train, config.data.image_size, epoch)] += batches
+    return dict(sorted(steps.items()))
 
 
 OPERATORS = {
