@@ -25,6 +25,7 @@ from cifar.config import Config, RunFailed
 from cifar.data.loader import Batch, Choose, Loader
 from cifar.data.prepared import Arrays, Prepared
 from cifar.loop import evaluate, train_epoch
+from cifar.machine import keep_freed_memory
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import Classifier, build_model
@@ -111,6 +112,7 @@ def train_worker(
     `val_batches` its share of val, anew at each call. Raises RunFailed when the loss is no number any more, on all
     workers at the same step.
     """
+    keep_freed_memory()
     with closing(make_loader(context)) as loader:
         training = build_training(config, prepared, loader, context)
         position = Position()

@@ -1,6 +1,9 @@
 """A process takes no more cores than its container may use."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,25 @@ def test_the_quota_bounds_the_cores_of_the_affinity(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert usable_cpus(tmp_path) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's malloc")
+def test_kept_memory_is_not_paged_in_again() -> None:
+    """In a process of its own, because there is no way back."""
+    code = """if True:
+        import resource, torch
+        from cifar.machine import keep_freed_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        first = faults()
+        assert keep_freed_memory()
+        faults(), faults()  # until the heap is large enough
+        print(first, faults())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 100
+    assert after < before / 10
