@@ -147,7 +147,8 @@ def affine(
     inverse = torch.stack([cos - tangents * sin, sin + tangents * cos, -sin, cos], dim=1).view(-1, 2, 2)
     inverse = inverse / zooms[:, None, None]
     # It measures from the centre in halves of width and height, in which a square pixel need not be square.
-    half = torch.tensor([width, height], device=images.device)
+    half = torch.full((2,), width, device=images.device)  # filled there: a copy from the host would wait for a GPU
+    half[1] = height
     inverse = inverse * half / half[:, None]
     origin = -(inverse @ (2 * shifts)[:, :, None])
     grid = F.affine_grid(torch.cat([inverse, origin], dim=2), list(images.shape), align_corners=False)

@@ -102,8 +102,8 @@ class Muon(Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         if group["normalize"]:
-            norms = torch._foreach_norm(parameters)
-            scales = [len(parameter) ** 0.5 / norm for parameter, norm in zip(parameters, norms, strict=True)]
+            scales = torch._foreach_reciprocal(torch._foreach_norm(parameters))
+            torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
             torch._foreach_mul_(parameters, scales)
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 

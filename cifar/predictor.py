@@ -33,6 +33,7 @@ class Predictor:
         self.batch_size = batch_size
         self.device = find_device(device)
         self._model = loaded.model.to(self.device).eval()
+        torch.backends.cudnn.allow_tf32 = False
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from cifar.augment import derive_seed
 from cifar.config import Config, RunFailed
 from cifar.data.loader import Batch, Choose, Loader
 from cifar.data.prepared import Arrays, Prepared
-from cifar.loop import evaluate, train_epoch
+from cifar.loop import epoch_size, evaluate, train_epoch
 from cifar.machine import keep_freed_memory
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
@@ -112,7 +112,9 @@ def train_worker(
     `val_batches` its share of val, anew at each call. Raises RunFailed when the loss is no number any more, on all
     workers at the same step.
     """
-    keep_freed_memory()
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is for what must be exact, such as the whitening layer
     with closing(make_loader(context)) as loader:
         training = build_training(config, prepared, loader, context)
         position = Position()
@@ -179,7 +181,7 @@ class Worker:
         position, training = self.position, self.training
         self.totals = Totals.zeros(self.context.device)
         if self.context.rank == 0:
-            self.totals.sums += torch.tensor(position.sums, dtype=self.totals.sums.dtype)
+            self.totals.sums += self.totals.sums.new_tensor(position.sums)
         self._resumed_at = position.step
         self._epoch_started_at = time.perf_counter()
         train_epoch(
@@ -257,7 +259,7 @@ class Worker:
         show = now - self._shown_at >= SHOW_SECONDS
         if show and self.context.rank == 0:
             self._shown_at = now
-            self._show_progress(now)
+            self._show_progress()
         if steps_done == self.num_batches:
             return False
         # Asking waits for the device. A GPU that has no other to agree with is let run on until progress is shown; on a
@@ -276,11 +278,13 @@ class Worker:
         """Stop or fail at the same step everywhere: workers that disagree would wait for each other for ever."""
         budget = self.config.train.max_minutes * 60
         out_of_time = bool(budget) and time.perf_counter() - self._run_started_at >= budget
-        seen = torch.stack([self.totals.sums[0], self.totals.sums.new_tensor(float(out_of_time))])
+        seen = self.totals.sums[:1]
         if self.context.world_size > 1:
+            seen = torch.cat([seen, seen.new_full((1,), float(out_of_time))])
             dist.all_reduce(seen)
+            out_of_time = seen[1].item() > 0
         self._require_finite(seen)
-        self._out_of_time = bool(budget) and seen[1].item() > 0
+        self._out_of_time = out_of_time
 
     def _checkpoint(self) -> None:
         """In mid-epoch: what has no val accuracy yet never counts as the best."""
@@ -309,8 +313,9 @@ class Worker:
                 f"(now {self.config.optim.lr:g}), add --warmup 0.1 or --clip-norm 1, or use --precision fp32"
             )
 
-    def _show_progress(self, now: float) -> None:
+    def _show_progress(self) -> None:
         loss, correct, count = self.totals.sums.tolist()  # of rank 0 alone; waits for the device
+        now = time.perf_counter()
         steps = self.position.step - self._resumed_at
         self.context.progress(
             {
@@ -338,12 +343,20 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     model: nn.Module = network
     if config.train.compile:
         # Static shapes: a resumed run compiles each size as the first run did. CUDA graphs spare a GPU the launches.
-        graphs = context.device.type == "cuda" and context.world_size == 1
+        # Not with micro-batches: the next one's graph may overwrite the gradients that the last one left.
+        graphs = context.device.type == "cuda" and context.world_size == 1 and config.optim.accumulate == 1
+        sizes = {epoch_size(config.train, config.data.image_size, epoch) for epoch in range(config.train.epochs)}
+        # Beyond the limit, 8 shapes, torch would run the others uncompiled.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, len(sizes) + 1)
         model = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)  # pyright: ignore
     if context.world_size > 1:
         # Looking for unused parameters keeps DDP from sorting its buckets anew after the first step, whereupon three or
         # more workers would add up gradients in another order than after a resume.
-        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
+        # Batch norm's statistics are shared where they are used, before each evaluation.
+        model = nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=True, forward_sync_buffers=False
+        )
     optimizer = build_optimizer(network, config.optim, config.train.batch_size)
     selection = None
     if config.train.skip_easy:

@@ -60,7 +60,7 @@ class Loader(Protocol):
 
 
 class ResidentLoader:
-    """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, which is permuted there."""
+    """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it."""
 
     def __init__(
         self,
@@ -73,7 +73,9 @@ class ResidentLoader:
         world_size: int,
         device: torch.device,
     ):
-        self._images, self._labels, self._indices = (owned(column).to(device) for column in to_arrays(table))
+        images, labels, indices = map(owned, to_arrays(table))
+        self._images = images.pin_memory() if crowds(images, device) else images.to(device)
+        self._labels, self._indices = labels.to(device), indices.to(device)
         self.num_batches = num_batches(total, batch_size, world_size)
         self._per_worker = batch_size // world_size
         self._seed, self._rank, self._device = seed, rank, device
@@ -85,10 +87,11 @@ class ResidentLoader:
             order = order[choose(self._indices)[order]]
         for number in range(start, min(len(order) // self._per_worker, self.num_batches)):
             rows = order[number * self._per_worker : (number + 1) * self._per_worker]
-            yield Batch(self._images[rows].permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
+            images = self._images[rows.to(self._images.device)].to(self._device, non_blocking=True)
+            yield Batch(images.permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
 
     def sample(self, count: int) -> Tensor:
-        return self._images[:count].permute(0, 3, 1, 2)
+        return self._images[:count].to(self._device).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         pass
@@ -212,6 +215,11 @@ class StreamingLoader:
                 yield images[rows].permute(0, 3, 1, 2), labels[rows], indices[rows]
             rest = order[ready:]
             pool = [Arrays(*(column[rest].numpy() for column in (images, labels, indices)))]
+
+
+def crowds(images: Tensor, device: torch.device) -> bool:
+    """Whether the images would take more than half of what is free on a GPU; then they stay in the host's memory."""
+    return device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
 
 
 def owned(column: np.ndarray) -> Tensor:

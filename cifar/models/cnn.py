@@ -36,7 +36,7 @@ class Cnn(nn.Module):
         negatives of these; `eps` is airbench's, and keeps rare directions from being blown up.
         """
         patches = nn.functional.unfold(images.double(), PATCH).transpose(1, 2).flatten(0, 1)  # (B*L, 12)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())
         filters = (vectors / (values.clamp(min=0) + eps).sqrt()).T.flip(0).view(-1, 3, PATCH, PATCH)
         with torch.no_grad():
             self.whiten.weight.copy_(torch.cat([filters, -filters]))
