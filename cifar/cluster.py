@@ -145,9 +145,4 @@ def choose_loader(config: Config, data_bytes: int, store_bytes: float) -> tuple[
         return config.train.loader, f"{size}, as --loader says"
     if data_bytes <= RESIDENT_SHARE * store_bytes:
         return "resident", f"{size} fit in memory"
-    if config.train.skip_easy:
-        raise ConfigError(
-            f"--skip-easy {config.train.skip_easy:g}: needs the data in memory, but {size} exceed "
-            f"{RESIDENT_SHARE:.0%} of {store_bytes / 2**20:,.0f} MiB; use --skip-easy 0, or --loader resident"
-        )
     return "streaming", f"{size} exceed {RESIDENT_SHARE:.0%} of {store_bytes / 2**20:,.0f} MiB"

@@ -194,7 +194,7 @@ class TrainConfig:
     checkpoint_steps: int = 0
     """Also write a checkpoint every so many optimizer steps; one per epoch is always written."""
     skip_easy: float = 0.0
-    """Share of the images that most epochs leave out: those of lowest loss when last seen. For data in memory."""
+    """Share of the images that most epochs leave out: those of lowest loss when last seen. A stream leaves none out."""
     loader: LoaderKind = "auto"
     """Training data in memory or streamed; `auto` measures the split against the memory."""
 
@@ -210,12 +210,6 @@ class TrainConfig:
         _require(self.max_minutes >= 0, "max-minutes", self.max_minutes, "use 0 or more")
         _require(self.patience >= 0, "patience", self.patience, "use 0 or more")
         _require(0 <= self.skip_easy < 1, "skip-easy", self.skip_easy, "use a share from 0 to below 1")
-        _require(
-            not (self.skip_easy and self.loader == "streaming"),
-            "skip-easy",
-            self.skip_easy,
-            "needs the data in memory; use --skip-easy 0 with --loader streaming",
-        )
         _require(self.checkpoint_steps >= 0, "checkpoint-steps", self.checkpoint_steps, "use 0 or more")
 
 
@@ -285,18 +279,6 @@ class Config:
             "loader",
             "resident",
             "--augment-on data streams; use --loader auto",
-        )
-        _require(
-            not (self.train.skip_easy and self.augment.augment_on == "data"),
-            "skip-easy",
-            self.train.skip_easy,
-            "needs the data in memory, --augment-on data streams; use one of them",
-        )
-        _require(
-            not (self.train.skip_easy and (self.augment.mixup or self.augment.cutmix)),
-            "skip-easy",
-            self.train.skip_easy,
-            "the loss of mixed images tells of no single one; use --skip-easy 0 with --mixup and --cutmix",
         )
         _require(
             not (self.run.workers == "0" and self.augment.augment_on == "data"),

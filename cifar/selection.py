@@ -10,16 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar.config import TrainConfig
-
 FULL_EPOCHS = 2
 """At the start, in which every image is seen; in the last epoch it is seen too."""
 
 
-def epoch_batches(num_batches: int, config: TrainConfig) -> list[int]:
-    """Batches of each epoch, of `num_batches` in a full one."""
-    fewer = max(round(num_batches * (1 - config.skip_easy)), 1)
-    return [fewer if FULL_EPOCHS <= epoch < config.epochs - 1 else num_batches for epoch in range(config.epochs)]
+def epoch_batches(num_batches: int, epochs: int, skip_easy: float) -> list[int]:
+    """Batches of each of so many epochs: `num_batches`, or fewer where the share `skip_easy` is left out."""
+    fewer = max(round(num_batches * (1 - skip_easy)), 1)
+    between = range(FULL_EPOCHS, epochs - 1)
+    return [fewer if epoch in between else num_batches for epoch in range(epochs)]
 
 
 class Selection:

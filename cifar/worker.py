@@ -151,7 +151,8 @@ class Worker:
     ):
         self.config, self.prepared, self.context = config, prepared, context
         self.training, self.position = training, position
-        self.epoch_batches = epoch_batches(num_batches, config.train)
+        skip_easy = 0.0 if training.selection is None else config.train.skip_easy
+        self.epoch_batches = epoch_batches(num_batches, config.train.epochs, skip_easy)
         self.totals = Totals.zeros(context.device)
         self._run_started_at = time.perf_counter() - position.train_seconds
         self._epoch_started_at, self._shown_at = 0.0, 0.0
@@ -359,7 +360,7 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
         )
     optimizer = build_optimizer(network, config.optim, config.train.batch_size)
     selection = None
-    if config.train.skip_easy:
+    if config.train.skip_easy and loader.chooses:
         num_images = sum(prepared.counts.values()) + prepared.quarantined  # as many as the source numbers
         selection = Selection(num_images, context.device)
     return Training(network=network, model=model, optimizer=optimizer, averager=averager, selection=selection)

@@ -83,7 +83,6 @@ def test_an_elastic_run_that_outgrows_the_cluster_starts_with_what_fits() -> Non
         (with_flags("2", gpu=True), [node(8, 1)], r"--workers 2 --gpu: needs 2 GPUs.*use --workers 1"),
         (with_flags("1", gpu=True), LAPTOP, r"--gpu: needs 1 GPUs, the cluster has 0; drop --gpu"),
         (with_flags("1", loader="streaming"), [node(1)], r"no CPU for reading"),
-        (with_flags("1", skip_easy=0.5), [node(4, store=MB)], r"--skip-easy 0\.5: needs the data in memory"),
     ],
 )
 def test_impossible_plans_are_refused_with_the_remedy(

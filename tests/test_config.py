@@ -42,7 +42,6 @@ def test_field_names_are_unique_over_the_groups() -> None:
         (ModelConfig, {"depths": (2, 3)}, "--depths"),
         (ModelConfig, {"depths": (0,)}, "--depths"),
         (TrainConfig, {"skip_easy": 1.0}, "--skip-easy"),
-        (TrainConfig, {"skip_easy": 0.5, "loader": "streaming"}, "--skip-easy"),
         (OptimConfig, {"lr": float("nan")}, "--lr nan"),
         (TrainConfig, {"epochs": 0}, "--epochs 0"),
         (RunConfig, {"workers": "4:1"}, "--workers 4:1"),
@@ -74,8 +73,6 @@ def test_batch_must_divide_into_micro_batches() -> None:
         ({"model": ModelConfig(model="notebook"), "train": TrainConfig(scales=(0.5, 1.0))}, r"--scales 0\.5 1\.0"),
         ({"model": ModelConfig(model="notebook", widths=(8,) * 6)}, "--widths"),
         ({"model": ModelConfig(model="notebook", depths=(3,))}, "--depths"),
-        ({"train": TrainConfig(skip_easy=0.5), "augment": AugmentConfig(augment_on="data")}, r"--skip-easy 0\.5"),
-        ({"train": TrainConfig(skip_easy=0.5), "augment": AugmentConfig(cutmix=1)}, r"--skip-easy 0\.5"),
     ],
 )
 def test_contradicting_flags_are_refused_at_once(changes: dict[str, Any], message: str) -> None:

@@ -2,17 +2,16 @@
 
 import torch
 
-from cifar.config import TrainConfig
 from cifar.selection import Selection, epoch_batches
 
 CPU = torch.device("cpu")
 
 
 def test_the_first_two_epochs_and_the_last_leave_nothing_out() -> None:
-    assert epoch_batches(10, TrainConfig(epochs=6, skip_easy=0.3)) == [10, 10, 7, 7, 7, 10]
-    assert epoch_batches(10, TrainConfig(epochs=3, skip_easy=0.3)) == [10, 10, 10]
-    assert epoch_batches(10, TrainConfig(epochs=4)) == [10] * 4
-    assert epoch_batches(1, TrainConfig(epochs=4, skip_easy=0.9)) == [1] * 4
+    assert epoch_batches(10, 6, 0.3) == [10, 10, 7, 7, 7, 10]
+    assert epoch_batches(10, 3, 0.3) == [10, 10, 10]
+    assert epoch_batches(10, 4, 0.0) == [10] * 4
+    assert epoch_batches(1, 4, 0.9) == [1] * 4
 
 
 def test_the_hardest_are_those_of_highest_loss_and_the_unseen() -> None:

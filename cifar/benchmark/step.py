@@ -116,7 +116,7 @@ def steps_by_size(config: Config, num_batches: int) -> dict[int, int]:
     """Training sizes in pixels, ascending, each with the steps of a run that train at it; a full epoch has
     `num_batches`."""
     steps: Counter[int] = Counter()
-    for epoch, batches in enumerate(epoch_batches(num_batches, config.train)):
+    for epoch, batches in enumerate(epoch_batches(num_batches, config.train.epochs, config.train.skip_easy)):
         steps[epoch_size(config.train, config.data.image_size, epoch)] += batches
     return dict(sorted(steps.items()))
 

@@ -45,6 +45,8 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     num_batches: int
     """Batches per epoch of this worker, the same on all workers."""
+    chooses: bool
+    """Whether an epoch can leave images out."""
 
     def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
         """The batches of one epoch, from batch `start` on; of the images that `choose` picks, if it is given."""
@@ -61,6 +63,8 @@ class Loader(Protocol):
 
 class ResidentLoader:
     """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it."""
+
+    chooses = True
 
     def __init__(
         self,
@@ -103,6 +107,8 @@ class StreamingLoader:
     `open_stream` takes row ranges of the epochs to come, in order, each with its epoch, and yields their tables in that
     order; it may read all of them ahead. The next stream is opened while one is used, whatever epoch either belongs to.
     """
+
+    chooses = False
 
     def __init__(
         self,
