@@ -1,6 +1,7 @@
 """What is measured is what a run does, and what is computed from it is right. Nothing here asserts a speed."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,7 +347,16 @@ def test_a_recipe_gives_its_groups_and_its_run_flags_are_free() -> None:
         replace(settings, workers="1,")
 
 
+@pytest.fixture
+def no_ray_left() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("no_ray_left")
 def test_the_job_measures_every_stage(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it at once on tiny data: what must be there is there, and the numbers fit each other."""
     output = tmp_path / "out"
