@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.model_dir import ModelInfo, load_model, model_card, save_model
 from cifar.models import Classifier, build_model
 from cifar.models.cnn import ConvGroup
+from cifar.models.small_planes import Conv3x3
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
 CNN = Config(model=ModelConfig(widths=(8, 16, 16)))
@@ -70,6 +72,28 @@ def test_a_group_of_three_convolutions_has_a_shortcut() -> None:
     plain = ConvGroup(4, 8, depth=2).eval()
     torch.nn.init.zeros_(plain.convs[1].weight)  # pyright: ignore[reportArgumentType]
     assert not plain(features).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (1, 3), (3, 2)])
+def test_convolution_of_a_tiny_plane_is_the_convolution(size: tuple[int, int]) -> None:
+    """Result and both gradients, in exact arithmetic; in bf16 as far as its rounding lets."""
+    torch.manual_seed(0)
+    plain, conv = nn.Conv2d(4, 6, 3, padding="same", bias=False).double(), Conv3x3(4, 6).double()
+    conv.load_state_dict(plain.state_dict())
+    features = torch.randn(5, 4, *size, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(5, 6, *size, dtype=torch.float64)
+
+    def result_and_gradients(module: nn.Conv2d) -> tuple[torch.Tensor, ...]:
+        result = module(features)
+        return result, *torch.autograd.grad(result, (features, module.weight), gradient.to(result.dtype))
+
+    expected, exact = result_and_gradients(plain), result_and_gradients(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = result_and_gradients(conv)
+    assert rounded[0].dtype == torch.bfloat16
+    for want, one, other in zip(expected, exact, rounded, strict=True):
+        assert (one - want).norm() <= 1e-12 * want.norm()
+        assert (other - want).norm() <= 0.02 * want.norm()
 
 
 def test_first_layer_whitens_the_patches() -> None:

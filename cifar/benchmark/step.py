@@ -122,12 +122,12 @@ def steps_by_size(config: Config, num_batches: int) -> dict[int, int]:
 
 
 OPERATORS = {
-    "convolution": r"convolution|conv2d|thnn_conv",
+    "convolution": r"convolution|conv2d|thnn_conv|^_places",
     "batch norm": r"batch_?norm",
     "pooling": r"max_?pool|avg_?pool",
     "activation": r"gelu|relu",
     "dropout": r"dropout",
-    "linear": r"linear|addmm|::mm$|^mmbackward|^addmmbackward|^tbackward",
+    "linear": r"linear|^mmbackward|^addmmbackward|^tbackward",
     "loss": r"softmax|nll_?loss|cross_?entropy|^loss$",
     "copies and casts": r"copy|_to_|::to$|contiguous|clone|^tocopybackward",
 }

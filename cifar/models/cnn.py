@@ -8,6 +8,8 @@ for; a third convolution in a later group, on its pooled plane, costs little.
 import torch
 from torch import Tensor, nn
 
+from cifar.models.small_planes import Conv3x3
+
 PATCH = 2
 
 
@@ -80,9 +82,9 @@ class ConvGroup(nn.Module):
         return features
 
 
-def identity_conv(before: int, after: int) -> nn.Conv2d:
-    """3x3 convolution whose first filters pass their input on, so that signal reaches depth from the first step."""
-    conv = nn.Conv2d(before, after, 3, padding="same", bias=False)
+def identity_conv(before: int, after: int) -> Conv3x3:
+    """Convolution whose first filters pass their input on, so that signal reaches depth from the first step."""
+    conv = Conv3x3(before, after)
     with torch.no_grad():
         nn.init.dirac_(conv.weight[:before])
     return conv
