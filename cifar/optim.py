@@ -94,8 +94,9 @@ class Muon(Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         velocities = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, gradients)
+        velocities = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
+        for parameter, velocity in zip(parameters, velocities, strict=True):
+            self.state[parameter]["momentum_buffer"] = velocity
         updates = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
         if group["orthogonal"]:
             updates = orthogonalize_all(updates, group["iterations"], batched=updates[0].device.type != "cpu")
@@ -114,33 +115,43 @@ def orthogonalize_all(tensors: Sequence[Tensor], iterations: int, batched: bool)
     `batched`, those of one shape go together: on a GPU a launch costs more than such a product; on two cores a batch
     was slower than one after the other.
     """
-    shapes = [tensor.flatten(1).shape for tensor in tensors]
+    # The order of columns is nothing to it; that of memory spares copies.
+    last = [tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]
+    in_order = [tensor.movedim(1, -1) if moved else tensor for tensor, moved in zip(tensors, last, strict=True)]
+    matrices = [tensor.flatten(1) for tensor in in_order]
     batches = [[place] for place in range(len(tensors))]
     if batched:
+        shapes = [matrix.shape for matrix in matrices]
         batches = [[place for place, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
     results = list(tensors)
     for places in batches:
-        batch = torch.stack([tensors[place].flatten(1) for place in places])
+        batch = torch.stack([matrices[place] for place in places]) if len(places) > 1 else matrices[places[0]][None]
         for place, result in zip(places, orthogonalize(batch, iterations), strict=True):
-            results[place] = result.view(tensors[place].shape)
+            result = result.view(in_order[place].shape)
+            results[place] = result.movedim(-1, 1) if last[place] else result
     return results
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:
     """(B, R, C) -> (B, R, C) of the same dtype: the singular vectors of each, with singular values near 1.
 
-    Newton-Schulz iteration with Jordan's quintic, which rises steeply at 0 and settles between about 0.7 and 1.2. Three
-    iterations for `cnn` at its full widths take 12 ms on two cores in bfloat16 where the processor has it, 45 ms in
-    float32.
+    Newton-Schulz iteration with Jordan's quintic, which rises steeply at 0 and settles between about 0.7 and 1.2. It is
+    run on the Gram matrix, (R, R) where R is the shorter side, and its factors meet the matrix itself once: for 384
+    filters of 384x3x3 on two cores 4 ms instead of 9, at 1 to 2 % of rounding in bfloat16 instead of 0.6 to 1 %.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16 if native_bf16(matrices.device) else torch.float32)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram, product = x @ x.mT, None
+    for iteration in range(iterations):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if iteration < iterations - 1:
+            gram = factor @ gram @ factor  # they are polynomials of the same matrix, so they commute
+    x = x if product is None else product @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 

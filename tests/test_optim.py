@@ -218,7 +218,20 @@ def test_muon_matches_torchs_on_matrices():
             parameter.grad = gradient.clone()
             optimizer.step()
     moved, expected = ours.detach() - start, theirs.detach() - start
-    assert (moved - expected).norm() < 0.02 * expected.norm()
+    assert (moved - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_orthogonalize_is_jordans_iteration(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is written down, on the matrix itself; in float32, where the way it is computed makes no difference."""
+    monkeypatch.setattr("cifar.optim.native_bf16", lambda device: False)
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    expected = matrix.double() / matrix.double().norm()
+    for _ in range(3):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonalize(matrix[None], 3)[0].double(), expected, rtol=0, atol=1e-5)
 
 
 def test_muons_other_groups_are_sgd_with_nesterov_momentum():

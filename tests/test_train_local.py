@@ -15,7 +15,7 @@ from cifar.data import Prepared
 from cifar.local import LocalContext
 from cifar.loop import epoch_size, resize
 from cifar.model_dir import load_model
-from cifar.recipes import default
+from cifar.recipes import fast
 from cifar.run_dir import RunDir, local_model, writable
 from cifar.train import Run, default_name, fit
 
@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_its_folder(here: Config) -> None:
 
 def test_grey_images_train_and_evaluate_in_bf16(here: Config) -> None:
     """Their whitening has filters of huge gain, for the directions in which grey does not vary."""
-    grey = replace(default(), data=DataConfig(data="digits"), run=here.run)
+    grey = replace(fast(), data=DataConfig(data="digits"), run=here.run)
     run = fit(replace(grey, train=replace(grey.train, epochs=4, scales=(1.0,), precision="bf16")))
     assert run.history[-1]["val_accuracy"] > 0.9
 
