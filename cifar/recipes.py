@@ -6,22 +6,32 @@ from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimCo
 
 
 def fast() -> Config:
-    """`cnn` on CIFAR-10 in two minutes on two CPU cores, after airbench (arXiv 2404.00498)."""
+    """`cnn` on CIFAR-10 in two to three minutes on two CPU cores, after airbench (arXiv 2404.00498).
+
+    What makes it fast is a narrow first group, small images first, the half of the images with the lowest loss left out
+    of the epochs between (`skip_easy`), and Muon. Rates, sizes and batch size were chosen on val.
+
+    91.9 % of the test images (seeds 0 and 1: 91.90 and 91.85) in 161 and 135 s of training and 9 s of evaluation on two
+    shared cores of an AMD EPYC (Zen 5) with bf16, while neighbours were busy.
+    """
     return Config(
         data=DataConfig(val_fraction=0.05),
         model=ModelConfig(widths=(64, 128, 256), depths=(2, 3, 3), tta="mirror"),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
-        train=TrainConfig(epochs=9, skip_easy=0.5, scales=scales(20, 20, 20, 20, 24, 24, 24, 28, 32)),
+        train=TrainConfig(epochs=9, skip_easy=0.5, scales=_scales(20, 20, 20, 20, 24, 24, 24, 28, 32)),
     )
 
 
 def record94() -> Config:
-    """94 %"""
+    """As `fast`, wider and longer, with shifted views where the network is unsure: on the way to 94 %.
+
+    93.35 % of the test images (seed 0, n=1) in 266 s of training and 19 s of evaluation, on the same two cores.
+    """
     return Config(
         data=DataConfig(val_fraction=0.02),
         model=ModelConfig(widths=(64, 192, 384), depths=(2, 3, 3), tta="shift"),
         optim=OptimConfig(lr=0.12, label_smoothing=0.1),
-        train=TrainConfig(epochs=11, skip_easy=0.5, scales=scales(*4 * [20], *4 * [24], 28, 28, 32)),
+        train=TrainConfig(epochs=11, skip_easy=0.5, scales=_scales(*4 * [20], *4 * [24], 28, 28, 32)),
     )
 
 
@@ -43,6 +53,6 @@ def notebook() -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {"fast": fast, "record94": record94, "notebook": notebook}
 
 
-def scales(*sizes: int) -> tuple[float, ...]:
+def _scales(*sizes: int) -> tuple[float, ...]:
     """Training sizes in pixels, one per epoch, as shares of CIFAR-10's 32."""
     return tuple(size / 32 for size in sizes)

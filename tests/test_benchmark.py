@@ -47,7 +47,22 @@ from cifar.recipes import RECIPES
 from jobs import benchmark
 
 CPU = torch.device("cpu")
-TINY = ["--image-size", "16", "--widths", "8", "16", "--batch-size", "44", "--epochs", "2", "--scales", "0.5", "1"]
+TINY = [
+    "--image-size",
+    "16",
+    "--widths",
+    "8",
+    "16",
+    "--depths",
+    "2",
+    "--batch-size",
+    "44",
+    "--epochs",
+    "2",
+    "--scales",
+    "0.5",
+    "1",
+]
 
 
 @pytest.fixture
@@ -117,12 +132,13 @@ def test_flops_of_a_step_equal_a_hand_count(config: Config, prepared: Prepared, 
 
 
 def test_muons_products_count(config: Config, prepared: Prepared) -> None:
-    """Three iterations of x x^T, g g and g x for each filter bank, as (out, in * 9) matrices."""
+    """x x^T and a product with x for each filter bank, as (out, in * 9) matrix; of (out, out), three squares, two
+    products of factors, and two updates of the Gram matrix by two products each."""
     muon = replace(config, optim=replace(config.optim, optimizer="muon"))
     bench, meter = Bench(muon, prepared, CPU, budget=0.01), FlopMeter()
     bench.stepper().step(bench.batches[0], meter, size=16)
     shapes = [(8, 24 * 9), (8, 8 * 9), (16, 8 * 9), (16, 16 * 9)]
-    assert meter.flops["optimizer"] == sum(3 * 2 * (2 * a * a * b + a**3) for a, b in shapes)
+    assert meter.flops["optimizer"] == sum(2 * (2 * a * a * b + (3 + 2 + 4) * a**3) for a, b in shapes)
 
 
 def test_operators_have_their_kinds_and_sum_to_one(bench: Bench) -> None:
@@ -389,7 +405,7 @@ def test_the_job_measures_every_stage(here: Config, tmp_path: Path, capsys: pyte
     step = stages["step", "mean over a run"]
     assert step["flops"] == sum(stages[part, "mean over a run"]["flops"] for part in PARTS)
     assert sum(result["operators"].values()) == pytest.approx(1)
-    assert result["counts"] == {"train": 396, "val": 44, "test": 60}
+    assert result["counts"] == {"train": 418, "val": 22, "test": 60}
     assert (result["batch_size"], result["loader"]) == (44, "resident")
     assert result["machine"]["cores"] >= 1
     assert Config.from_dict(result["config"]).train.epochs == 2

@@ -13,7 +13,21 @@ from jobs import evaluate, prepare, train
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
-TINY = ["--image-size", "16", "--widths", "8", "16", "--batch-size", "44", "--epochs", "2", "--scales", "1"]
+TINY = [
+    "--image-size",
+    "16",
+    "--widths",
+    "8",
+    "16",
+    "--depths",
+    "2",
+    "--batch-size",
+    "44",
+    "--epochs",
+    "2",
+    "--scales",
+    "1",
+]
 
 
 @pytest.mark.parametrize("job", JOBS)
