@@ -10,24 +10,11 @@ import pytest
 
 from cifar.config import Config
 from jobs import evaluate, prepare, train
+from tests.flags import TINY
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
-TINY = [
-    "--image-size",
-    "16",
-    "--widths",
-    "8",
-    "16",
-    "--depths",
-    "2",
-    "--batch-size",
-    "44",
-    "--epochs",
-    "2",
-    "--scales",
-    "1",
-]
+FLAGS = [*TINY, "--epochs", "2", "--scales", "1"]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -44,7 +31,7 @@ def test_help_names_every_flag_with_its_default(job: str) -> None:
 
 def test_train_then_evaluate(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = str(tmp_path / "runs")
-    flags = ["--data", here.data.data, *TINY, "--workers", "0", "--storage", storage, "--name", "r", "--json"]
+    flags = ["--data", here.data.data, *FLAGS, "--workers", "0", "--storage", storage, "--name", "r", "--json"]
     assert train.main(flags) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     on_disk = json.loads((tmp_path / "runs/r/report.json").read_text())

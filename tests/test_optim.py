@@ -201,8 +201,9 @@ def test_every_filter_gets_its_own_orthogonal_matrix_back(batched):
         torch.testing.assert_close(result.flatten(1), orthogonalize(given.flatten(1)[None], 5)[0])
 
 
-def test_muon_matches_torchs_on_matrices():
-    """torch's mixes momentum with other weights, which the orthogonalization cancels; both round to bfloat16."""
+def test_muon_matches_torchs_on_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's mixes momentum with other weights, which the orthogonalization cancels, and rounds to bfloat16."""
+    monkeypatch.setattr("cifar.optim.native_bf16", lambda device: False)
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(12, 20))
     theirs = nn.Parameter(ours.detach().clone())
@@ -218,7 +219,7 @@ def test_muon_matches_torchs_on_matrices():
             parameter.grad = gradient.clone()
             optimizer.step()
     moved, expected = ours.detach() - start, theirs.detach() - start
-    assert (moved - expected).norm() < 0.05 * expected.norm()
+    assert (moved - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.train import fit
+from tests.flags import TINY
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
@@ -103,20 +104,8 @@ class Job:
     def __init__(self, config: Config, name: str, workers: int = 1):
         self.folder = Path(config.run.storage) / name
         self._command = [
-            *(
-                sys.executable,
-                "jobs/train.py",
-                "--data",
-                config.data.data,
-                "--image-size",
-                "16",
-                "--widths",
-                "8",
-                "16",
-                "--depths",
-                "2",
-            ),
-            *("--batch-size", "44", "--epochs", "40", "--scales", "1", "--checkpoint-steps", "5", "--average", "ema"),
+            *(sys.executable, "jobs/train.py", "--data", config.data.data, *TINY),
+            *("--epochs", "40", "--scales", "1", "--checkpoint-steps", "5", "--average", "ema"),
             *("--skip-easy", "0.3"),
             *("--workers", str(workers), "--storage", config.run.storage, "--name", name),
         ]
