@@ -14,7 +14,10 @@ from cifar.config import ConfigError, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, load_model
 
 SURE = 0.75
-"""On CIFAR-10's val a quarter of the images are below, and views of the others changed the accuracy by nothing."""
+"""Margin between the two highest probabilities below which the first answer does not stand. On CIFAR-10's val 29 % of
+the images are below, and more views of the others changed the accuracy by nothing (means over 49 trained networks)."""
+SURE_OF_TWO = 0.4
+"""The same after two views: four more views of the 12 % below gave all that four more of the 29 % gave."""
 
 Images: TypeAlias = NDArray[np.uint8] | Tensor
 
@@ -88,23 +91,25 @@ def mean_logits(model: nn.Module, images: Tensor, tta: TestTimeAugmentation) -> 
     ask for views of unsure images alone is the idea of hiverge's cifar10-speedrun (2025).
     """
     logits = model(images)
-    if tta == "none" or not len(unsure := _unsure(logits)):
+    if tta == "none" or not len(unsure := _below(SURE, logits)):
         return logits
     images = images[unsure]
-    answers = (logits[unsure] + model(images.flip(-1))) / 2
-    if tta == "shift":
-        size = images.shape[-1]
-        padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
-        for corner in (padded[..., :size, :size], padded[..., 2:, 2:]):
-            answers = answers + (model(corner) + model(corner.flip(-1))) / 4
-        answers = answers / 2
-    return logits.index_copy(0, unsure, answers)
+    means = (logits[unsure] + model(images.flip(-1))) / 2
+    logits = logits.index_copy(0, unsure, means)
+    if tta == "mirror" or not len(still := _below(SURE_OF_TWO, means)):
+        return logits
+    images, size = images[still], images.shape[-1]
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+    answers = means[still] / 2
+    for corner in (padded[..., :size, :size], padded[..., 2:, 2:]):
+        answers = answers + (model(corner) + model(corner.flip(-1))) / 8
+    return logits.index_copy(0, unsure[still], answers)
 
 
-def _unsure(logits: Tensor) -> Tensor:
-    """int64 (n,): rows whose two highest probabilities are less than `SURE` apart. Waits for the device."""
+def _below(margin: float, logits: Tensor) -> Tensor:
+    """int64 (n,): rows whose two highest probabilities are less than `margin` apart. Waits for the device."""
     highest = logits.softmax(1).topk(min(2, logits.shape[1])).values
-    return (highest[:, 0] - highest[:, -1] < SURE).nonzero()[:, 0]
+    return (highest[:, 0] - highest[:, -1] < margin).nonzero()[:, 0]
 
 
 def find_device(name: str = "auto") -> torch.device:

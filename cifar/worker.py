@@ -5,6 +5,7 @@ the preemption notice. What is written at a step and what is drawn at a step dep
 interrupted ends with the weights of one that was not, bit for bit, on the same number of workers and kind of device.
 """
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -35,6 +36,8 @@ from cifar.selection import Selection, epoch_batches
 AGREE_STEPS = 16
 """Steps between the points where several workers agree on stopping; asking at each step would cost a round trip."""
 SHOW_SECONDS = 0.5
+COMPILE_STEPS = 3
+"""Steps at each size before the clock starts: CUDA graphs warm up, record and play."""
 WHITENING_SAMPLE = 500
 """Images whose patches set the first layer of `cnn`: half a million patches of 12 numbers fix a 12 x 12 covariance."""
 
@@ -74,7 +77,7 @@ class Position:
     """Loss, correct and count of this epoch so far, over all workers."""
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     train_seconds: float = 0.0
-    """Wall time of training, validation and checkpoints, over all attempts."""
+    """Wall time of training, validation and checkpoints, over all attempts; without compilation."""
     best_accuracy: float = -1.0
     epochs_without_gain: int = 0
     stopped: str = ""
@@ -96,6 +99,22 @@ class Training:
     def evaluated(self) -> Classifier:
         """The network whose accuracy counts: the averaged one where there is one."""
         return self.network if self.averager is None else self.averager.model  # pyright: ignore[reportReturnType]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averager": self.averager.state_dict() if self.averager else {},
+            "selection": self.selection.state_dict() if self.selection else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averager is not None:
+            self.averager.load_state_dict(state["averager"])
+        if self.selection is not None:
+            self.selection.load_state_dict(state["selection"])
 
 
 def train_worker(
@@ -122,6 +141,8 @@ def train_worker(
             position = load_checkpoint(context.checkpoint, training)
             if context.rank == 0:
                 context.history(position.history)
+        if config.train.compile:
+            compile_ahead(config, training, loader, context, len(prepared.classes), augmented)
         worker = Worker(config, prepared, context, training, position, loader.num_batches)
         while position.epoch < config.train.epochs and not position.stopped:
             batches = loader.epoch(position.epoch, position.step, worker.choose())
@@ -366,6 +387,37 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     return Training(network=network, model=model, optimizer=optimizer, averager=averager, selection=selection)
 
 
+def compile_ahead(
+    config: Config, training: Training, loader: Loader, context: Context, num_classes: int, augmented: bool
+) -> None:
+    """Compile the network at every size that the run trains at, by steps whose effects are then undone."""
+    before = copy.deepcopy(training.state_dict())
+    sample = loader.sample(config.train.batch_size // context.world_size).permute(0, 2, 3, 1)
+    indices = torch.arange(config.train.batch_size // context.world_size, device=context.device)
+    images = sample[indices % len(sample)].permute(0, 3, 1, 2)
+    batch = Batch(images, torch.zeros_like(indices), indices)
+    epochs = {epoch_size(config.train, config.data.image_size, epoch): epoch for epoch in range(config.train.epochs)}
+    for epoch in epochs.values():
+        train_epoch(
+            training.model,
+            training.optimizer,
+            None,
+            [batch] * COMPILE_STEPS,
+            config,
+            epoch=epoch,
+            start=0,
+            first_step=0,
+            total_steps=COMPILE_STEPS,
+            num_classes=num_classes,
+            rank=context.rank,
+            totals=Totals.zeros(context.device),
+            selection=None,
+            augmented=augmented,
+            after_step=lambda steps_done: False,
+        )
+    training.load_state_dict(before)
+
+
 def share_buffers(network: nn.Module) -> None:
     """Give all workers rank 0's batch norm statistics, so that they evaluate one model."""
     if dist.is_available() and dist.is_initialized():
@@ -378,26 +430,14 @@ def save_checkpoint(config: Config, prepared: Prepared, training: Training, posi
     folder = Path(tempfile.mkdtemp(prefix="cifar-checkpoint-"))
     metrics = dict(position.history[-1]) if position.history else {}
     save_model(folder / "model", training.evaluated, model_info(config, prepared), metrics)
-    state = {
-        "network": training.network.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "averager": training.averager.state_dict() if training.averager else {},
-        "selection": training.selection.state_dict() if training.selection else {},
-    }
-    torch.save(state, folder / "state.pt")
+    torch.save(training.state_dict(), folder / "state.pt")
     (folder / "position.json").write_text(json.dumps(dataclasses.asdict(position)))
     return folder
 
 
 def load_checkpoint(folder: Path, training: Training) -> Position:
     """Put the checkpoint's tensors in place and return its position; reads no pickled code."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    training.network.load_state_dict(state["network"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    if training.averager is not None:
-        training.averager.load_state_dict(state["averager"])
-    if training.selection is not None:
-        training.selection.load_state_dict(state["selection"])
+    training.load_state_dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
     values = json.loads((folder / "position.json").read_text())
     return Position(**values | {"sums": tuple(values["sums"])})
 

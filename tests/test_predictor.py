@@ -71,6 +71,16 @@ def test_images_that_the_network_is_sure_of_are_asked_once(monkeypatch, batch_si
     np.testing.assert_allclose(mirror.logits(images()), plain.logits(images()), rtol=1e-4, atol=1e-6)
 
 
+def test_more_than_two_views_are_for_those_of_which_two_leave_it_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, shift = (Predictor(loaded_model(tta=tta), "cpu") for tta in ("mirror", "shift"))
+    means, all_views = mirror.logits(images()), shift.logits(images())
+    probabilities = np.sort(mirror.predict(images()), axis=1)
+    margins = probabilities[:, -1] - probabilities[:, -2]
+    monkeypatch.setattr("cifar.predictor.SURE_OF_TWO", float(np.median(margins)))
+    expected = np.where(margins[:, None] < np.median(margins), all_views, means)
+    np.testing.assert_allclose(shift.logits(images()), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_array_and_tensor_layouts_give_the_same_answers():
     predictor = Predictor(loaded_model(), device="cpu")
     tensor = torch.from_numpy(images()).permute(0, 3, 1, 2).contiguous()

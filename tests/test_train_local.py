@@ -18,6 +18,7 @@ from cifar.model_dir import load_model
 from cifar.recipes import fast
 from cifar.run_dir import RunDir, local_model, writable
 from cifar.train import Run, default_name, fit
+from cifar.worker import compile_ahead
 
 
 class Interrupted(Exception):
@@ -232,9 +233,22 @@ def test_preemption_notice_writes_one_checkpoint_at_once(here: Config, monkeypat
 
 
 @pytest.mark.slow
-def test_compiled_network_trains_and_loads(here: Config) -> None:
-    run = fit(named(here, "compiled", compile=True, epochs=1))
-    assert load_model(run.model).info.config.train.compile
+def test_compiling_ahead_leaves_the_code_and_nothing_else(here: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run compiles nothing after it, and ends with the weights of one that compiles on the way."""
+    settings = {"compile": True, "epochs": 2, "scales": (0.5, 1.0), "skip_easy": 0.5}
+
+    def ahead_only(*arguments: Any) -> None:
+        compile_ahead(*arguments)
+        torch.compiler.set_stance("fail_on_recompile")
+
+    monkeypatch.setattr("cifar.worker.compile_ahead", ahead_only)
+    try:
+        ahead = fit(named(here, "ahead", **settings))
+    finally:
+        torch.compiler.set_stance("default")
+    assert load_model(ahead.model).info.config.train.compile
+    monkeypatch.setattr("cifar.worker.compile_ahead", lambda *_: None)
+    assert_same_weights(ahead, fit(named(here, "on-the-way", **settings)))
 
 
 def test_a_uri_gets_what_is_written_and_gives_it_back(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ def time_to_accuracy(config: Config, seeds: int, split: str, target: float, run:
     """Train with seeds 0 to `seeds` - 1, one after the other, in `run`'s storage, which must be new.
 
     `seconds` is what the speed records count (Coleman 2017, DAWNBench; Jordan 2024): training and the final
-    evaluation, while loading the data and starting come before. Training has here one validation and one checkpoint
-    per epoch, and under --compile the compilation, which the records leave out. `evaluation_seconds` are those of
-    reading the split and answering, with test-time augmentation. `wall_seconds` are those of fit(), all included.
+    evaluation, while loading the data, starting and compiling come before. Training has here one validation and one
+    checkpoint per epoch, which the records leave out. `evaluation_seconds` are those of reading the split and
+    answering, with test-time augmentation. `wall_seconds` are those of fit(), all included.
     """
     runs = []
     for seed in range(seeds):

@@ -36,7 +36,7 @@ from cifar.data.shares import share
 from cifar.loop import autocast
 from cifar.predictor import Predictor
 from cifar.train import fit
-from cifar.worker import Position, Training, build_training, load_checkpoint, save_checkpoint
+from cifar.worker import COMPILE_STEPS, Position, Training, build_training, load_checkpoint, save_checkpoint
 
 DECODED = 128
 """Images of one repetition."""
@@ -282,7 +282,7 @@ def time_steps(stepper: Stepper, batches: Iterator[Batch], size: int, budget: fl
     """Seconds of each step, for each part and their sum as `step`, until the steps sum to `budget`."""
     if stepper.config.train.compile:
         torch._dynamo.reset()  # it gives up on a network that came in too many shapes
-    for _ in range(2):  # the first compiles, where anything is compiled, and makes the optimizer's state
+    for _ in range(COMPILE_STEPS):  # the first also makes the optimizer's state
         stepper.step(next(batches), Stopwatch(stepper.device), size=size)
     measured: dict[str, list[float]] = {part: [] for part in (*PARTS, "step")}
     while more_wanted(measured["step"], budget):

@@ -64,6 +64,8 @@ class Stepper:
             torch.manual_seed(derive_seed(seed, step, 0, "dropout"))
         micro_batches = config.optim.accumulate
         for some, wanted in zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+            if config.train.compile:
+                torch.compiler.cudagraph_mark_step_begin()
             with meter("forward"):
                 with autocast(config.train, self.device):
                     logits = training.model(some)
