@@ -190,7 +190,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """`auto` takes bf16 autocast where the processor computes it natively."""
     compile: bool = False
-    """Compile the network with torch.compile, before the run's clock starts; pays on a GPU and in long runs."""
+    """Compile the network with torch.compile; pays on a GPU and in long runs. Neither the seconds that are reported nor
+    max-minutes count it."""
     checkpoint_steps: int = 0
     """Also write a checkpoint every so many optimizer steps; one per epoch is always written."""
     skip_easy: float = 0.0

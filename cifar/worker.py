@@ -142,7 +142,8 @@ def train_worker(
             if context.rank == 0:
                 context.history(position.history)
         if config.train.compile:
-            compile_ahead(config, training, loader, context, len(prepared.classes), augmented)
+            rest = range(position.epoch, config.train.epochs)
+            compile_ahead(config, training, loader, context, rest, len(prepared.classes), augmented)
         worker = Worker(config, prepared, context, training, position, loader.num_batches)
         while position.epoch < config.train.epochs and not position.stopped:
             batches = loader.epoch(position.epoch, position.step, worker.choose())
@@ -388,16 +389,22 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
 
 
 def compile_ahead(
-    config: Config, training: Training, loader: Loader, context: Context, num_classes: int, augmented: bool
+    config: Config,
+    training: Training,
+    loader: Loader,
+    context: Context,
+    epochs: range,
+    num_classes: int,
+    augmented: bool,
 ) -> None:
-    """Compile the network at every size that the run trains at, by steps whose effects are then undone."""
+    """Compile the network at every size that these epochs train at, by steps whose effects are then undone."""
     before = copy.deepcopy(training.state_dict())
-    sample = loader.sample(config.train.batch_size // context.world_size).permute(0, 2, 3, 1)
-    indices = torch.arange(config.train.batch_size // context.world_size, device=context.device)
-    images = sample[indices % len(sample)].permute(0, 3, 1, 2)
+    per_worker = config.train.batch_size // context.world_size
+    sample = loader.sample(per_worker).permute(0, 2, 3, 1)  # fewer where the worker's share is smaller
+    indices = torch.arange(per_worker, device=context.device)
+    images = sample[indices % len(sample)].permute(0, 3, 1, 2)  # in the memory order of a loader's batch
     batch = Batch(images, torch.zeros_like(indices), indices)
-    epochs = {epoch_size(config.train, config.data.image_size, epoch): epoch for epoch in range(config.train.epochs)}
-    for epoch in epochs.values():
+    for epoch in {epoch_size(config.train, config.data.image_size, epoch): epoch for epoch in epochs}.values():
         train_epoch(
             training.model,
             training.optimizer,
