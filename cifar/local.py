@@ -12,11 +12,12 @@ import torch
 
 from cifar.cluster import choose_loader
 from cifar.config import Config, ConfigError
+from cifar.context import Context
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream
 from cifar.data.prepared import Arrays, Prepared
 from cifar.progress import Display
 from cifar.run_dir import RunDir
-from cifar.worker import Context, train_worker
+from cifar.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def fit_in_process(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[
 
 
 class LocalContext:
-    """`cifar.worker.Context` of one worker without Ray; keeps the best checkpoint and the last."""
+    """`cifar.context.Context` of one worker without Ray; keeps the best checkpoint and the last."""
 
     rank, world_size = 0, 1
 

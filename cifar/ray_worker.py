@@ -22,6 +22,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from cifar.config import ConfigError, RunFailed
+from cifar.context import Context
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
 from cifar.data.prepared import Arrays
 from cifar.data.shares import share
@@ -30,13 +31,13 @@ from cifar.machine import usable_cpus
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
-from cifar.worker import Context, train_worker
+from cifar.worker import train_worker
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 class RayContext:
-    """`cifar.worker.Context` on Ray Train."""
+    """`cifar.context.Context` on Ray Train."""
 
     def __init__(self, job: Job):
         # torch imports this (0.9 s) when the first optimizer is made; let it load while the data is copied.

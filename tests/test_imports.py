@@ -15,11 +15,11 @@ MODULES = {
 }
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"config", "machine"},
+    {"config", "context", "machine"},
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
-    {"cluster", "progress", "run_dir", "worker", "predictor"},
-    {"local", "ray_job", "ray_worker", "lean_trainer", "evaluate"},
+    {"cluster", "progress", "run_dir", "training", "predictor"},
+    {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate"},
     {"train", "report"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
@@ -32,11 +32,14 @@ WITHOUT_RAY = [
     "selection",
     "loop",
     "model_dir",
+    "context",
+    "training",
     "worker",
     "predictor",
     "evaluate",
 ]
-TRAINING, ANSWERING = {"train", "local", "ray_worker", "worker", "ray_job"}, {"predictor", "evaluate", "report"}
+TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
+ANSWERING = {"predictor", "evaluate", "report"}
 
 
 def imported(path: Path) -> set[str]:

@@ -18,7 +18,7 @@ from cifar.model_dir import load_model
 from cifar.recipes import fast
 from cifar.run_dir import RunDir, local_model, writable
 from cifar.train import Run, default_name, fit
-from cifar.worker import compile_ahead
+from cifar.training import compile_ahead
 
 
 class Interrupted(Exception):

@@ -36,7 +36,7 @@ from cifar.data.shares import share
 from cifar.loop import autocast
 from cifar.predictor import Predictor
 from cifar.train import fit
-from cifar.worker import COMPILE_STEPS, Position, Training, build_training, load_checkpoint, save_checkpoint
+from cifar.training import COMPILE_STEPS, Position, Training, build_training, load_checkpoint, save_checkpoint
 
 DECODED = 128
 """Images of one repetition."""
@@ -50,7 +50,7 @@ ALMOST_NONE = 1e-9
 
 @dataclass
 class Alone:
-    """`cifar.worker.Context` of a worker that reports to nobody."""
+    """`cifar.context.Context` of a worker that reports to nobody."""
 
     device: torch.device
     rank: int = 0

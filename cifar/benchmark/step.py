@@ -21,7 +21,7 @@ from cifar.loop import autocast, epoch_size, resize
 from cifar.metrics import Totals
 from cifar.optim import lr_scale, set_lr
 from cifar.selection import epoch_batches
-from cifar.worker import Training
+from cifar.training import Training
 
 PARTS = ("augment", "resize", "forward", "backward", "optimizer")
 

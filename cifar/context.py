@@ -1,0 +1,30 @@
+"""What differs between the places where a training worker runs: Ray Train, a Tune trial, this process."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+class Context(Protocol):
+    rank: int
+    world_size: int
+    device: torch.device
+    checkpoint: Path | None
+    """Local folder of the checkpoint to start from."""
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        """Hand over a report; all workers call it equally often. The checkpoint's folder is then the receiver's."""
+        ...
+
+    def preempted(self) -> bool:
+        """Whether a node of this run will be taken away; all workers call it equally often."""
+        ...
+
+    def progress(self, values: dict[str, Any]) -> None:
+        """Show where the run is; rank 0 only, cheap, may be dropped."""
+        ...
+
+    def history(self, rows: list[dict[str, Any]]) -> None:
+        """Show and keep the finished epochs' metrics; rank 0 only."""
+        ...
