@@ -331,7 +331,7 @@ def test_runs_are_made_anew(tmp_path: Path) -> None:
         (["--target", "90", "--seeds", "1"], "error: --target 90: use a share"),
         (["--link-gbps", "0"], "error: --link-gbps 0: use a positive number"),
         (["--seeds", "-1"], "error: --seeds -1: use 0 or more"),
-        (["--flip", "none"], "error: --tta mirror: asks about mirror images"),
+        (["--flip", "none"], "error: --tta shift: asks about mirror images"),
         (["--lr", "-1"], "error: --lr -1.0: use a positive number"),
     ],
 )
