@@ -106,7 +106,7 @@ class Job:
         self._command = [
             *(sys.executable, "jobs/train.py", "--data", config.data.data, *TINY),
             *("--epochs", "40", "--scales", "1", "--checkpoint-steps", "5", "--average", "ema"),
-            *("--skip-easy", "0.3", "--freeze-from", "0.4"),
+            *("--skip-easy", "0.3"),
             *("--workers", str(workers), "--storage", config.run.storage, "--name", name),
         ]
 
