@@ -183,9 +183,6 @@ class TrainConfig:
     """Seed of weights, order and augmentation; every draw is derived from it, none is carried."""
     scales: tuple[float, ...] = (1.0,)
     """Progressive resizing: side as a share of image-size, for equal parts of the epochs, such as 0.75 1."""
-    freeze_from: float = 1.0
-    """Share of the epochs after which the first group of convolutions stays as it is: on the largest plane, its
-    gradients cost most. 1: never."""
     max_minutes: float = 0.0
     """Time budget of training; at its end the run stops cleanly with a model. 0: none."""
     patience: int = 0
@@ -211,7 +208,6 @@ class TrainConfig:
             " ".join(map(str, self.scales)),
             "use shares from 0.25 to 1",
         )
-        _require(0 < self.freeze_from <= 1, "freeze-from", self.freeze_from, "use a share above 0, up to 1")
         _require(self.max_minutes >= 0, "max-minutes", self.max_minutes, "use 0 or more")
         _require(self.patience >= 0, "patience", self.patience, "use 0 or more")
         _require(0 <= self.skip_easy < 1, "skip-easy", self.skip_easy, "use a share from 0 to below 1")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from cifar.config import Config, TrainConfig
 from cifar.data.loader import Batch
 from cifar.data.prepared import Arrays
 from cifar.metrics import Totals
-from cifar.models import Classifier
 from cifar.optim import Averager, lr_scale, native_bf16, set_lr
 from cifar.selection import Selection
 
@@ -46,8 +44,7 @@ def train_epoch(
     """
     model.train()
     device = totals.sums.device
-    phase = epoch_phase(config, epoch)
-    unwrapped(model).freeze_first(phase.frozen)
+    size = epoch_size(config.train, config.data.image_size, epoch)
     seed, parameters = config.train.seed, [p for p in model.parameters() if p.requires_grad]
     mixing = config.augment.mixup > 0 or config.augment.cutmix > 0
     micro_batches = config.optim.accumulate
@@ -59,7 +56,7 @@ def train_epoch(
             images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
         if mixing:
             images, targets = mix(images, targets, config.augment, num_classes, seed=seed, epoch=epoch, step=step)
-        images = resize(images, phase.size)
+        images = resize(images, size)
         if config.model.dropout:
             torch.manual_seed(derive_seed(seed, step, rank, "dropout"))
         optimizer.zero_grad(set_to_none=True)
@@ -101,22 +98,10 @@ def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, d
     return totals
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What the cost of a step depends on; a compiled network is compiled for each."""
-
-    size: int
-    """Side of the images in pixels."""
-    frozen: bool
-    """Whether the first group of convolutions stays as it is."""
-
-
-def epoch_phase(config: Config, epoch: int) -> Phase:
-    """That of an epoch: `scales` hold for equal parts of the epochs; a side is at least 8."""
-    train = config.train
-    scale = train.scales[epoch * len(train.scales) // train.epochs]
-    size = max(round(config.data.image_size * scale), 8)
-    return Phase(size=size, frozen=epoch >= train.freeze_from * train.epochs)
+def epoch_size(config: TrainConfig, image_size: int, epoch: int) -> int:
+    """Side in pixels at which this epoch trains: `scales` hold for equal parts of the epochs; at least 8."""
+    scale = config.scales[epoch * len(config.scales) // config.epochs]
+    return max(round(image_size * scale), 8)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -139,8 +124,8 @@ def synchronized_only_if(last: bool, model: nn.Module) -> AbstractContextManager
     return model.no_sync()
 
 
-def unwrapped(model: nn.Module) -> Classifier:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside DistributedDataParallel and torch.compile, whose parameter names carry no prefix."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    return getattr(model, "_orig_mod", model)  # pyright: ignore[reportReturnType]
+    return getattr(model, "_orig_mod", model)

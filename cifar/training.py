@@ -17,7 +17,7 @@ from cifar.config import Config
 from cifar.context import Context
 from cifar.data.loader import Batch, Loader
 from cifar.data.prepared import Prepared
-from cifar.loop import epoch_phase, train_epoch
+from cifar.loop import epoch_size, train_epoch
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import Classifier, build_model
@@ -25,7 +25,7 @@ from cifar.optim import Averager, build_averager, build_optimizer
 from cifar.selection import Selection
 
 COMPILE_STEPS = 3
-"""Steps in each phase before the clock starts: CUDA graphs warm up, record and play."""
+"""Steps at each size before the clock starts: CUDA graphs warm up, record and play."""
 WHITENING_SAMPLE = 500
 """Images whose patches set the first layer of `cnn`: half a million patches of 12 numbers fix a 12 x 12 covariance."""
 
@@ -92,13 +92,13 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     averager = build_averager(network, config.optim)
     model: nn.Module = network
     if config.train.compile:
-        # Static shapes: a resumed run compiles each phase as the first run did. CUDA graphs spare a GPU the launches.
+        # Static shapes: a resumed run compiles each size as the first run did. CUDA graphs spare a GPU the launches.
         # Not with micro-batches: the next one's graph may overwrite the gradients that the last one left.
         graphs = context.device.type == "cuda" and context.world_size == 1 and config.optim.accumulate == 1
-        phases = {epoch_phase(config, epoch) for epoch in range(config.train.epochs)}
+        sizes = {epoch_size(config.train, config.data.image_size, epoch) for epoch in range(config.train.epochs)}
         # Beyond the limit, 8 shapes, torch would run the others uncompiled.
         limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, len(phases) + 1)
+        limits.recompile_limit = max(limits.recompile_limit, len(sizes) + 1)
         model = torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)  # pyright: ignore
     if context.world_size > 1:
         # Looking for unused parameters keeps DDP from sorting its buckets anew after the first step, whereupon three or
@@ -124,14 +124,14 @@ def compile_ahead(
     num_classes: int,
     augmented: bool,
 ) -> None:
-    """Compile the network for every phase of these epochs, by steps whose effects are then undone."""
+    """Compile the network at every size that these epochs train at, by steps whose effects are then undone."""
     before = copy.deepcopy(training.state_dict())
     per_worker = config.train.batch_size // context.world_size
     sample = loader.sample(per_worker).permute(0, 2, 3, 1)  # fewer where the worker's share is smaller
     indices = torch.arange(per_worker, device=context.device)
     images = sample[indices % len(sample)].permute(0, 3, 1, 2)  # in the memory order of a loader's batch
     batch = Batch(images, torch.zeros_like(indices), indices)
-    for epoch in {epoch_phase(config, epoch): epoch for epoch in epochs}.values():
+    for epoch in {epoch_size(config.train, config.data.image_size, epoch): epoch for epoch in epochs}.values():
         train_epoch(
             training.model,
             training.optimizer,

@@ -38,11 +38,11 @@ from cifar.benchmark.step import (
     Stopwatch,
     mean_shares,
     operator_shares,
-    steps_by_phase,
+    steps_by_size,
 )
 from cifar.config import Config, ConfigError, RunConfig, TrainConfig
 from cifar.data.prepared import Prepared
-from cifar.loop import Phase, epoch_phase, train_epoch
+from cifar.loop import epoch_size, train_epoch
 from cifar.metrics import Totals
 from cifar.recipes import RECIPES
 from jobs import benchmark
@@ -64,7 +64,6 @@ def bench(config: Config, prepared: Prepared) -> Bench:
         {},
         {"optim": {"accumulate": 2, "clip_norm": 0.5, "average": "ema"}},
         {"augment": {"mixup": 0.5}, "model": {"dropout": 0.3}, "optim": {"label_smoothing": 0.1}},
-        {"train": {"freeze_from": 0.5}, "optim": {"optimizer": "muon", "lr": 0.1}},
         {"train": {"scales": (0.5, 1.0), "precision": "bf16"}, "optim": {"optimizer": "muon", "lr": 0.1}},
     ],
 )
@@ -74,7 +73,7 @@ def test_the_steps_that_are_timed_are_those_of_training(
     """Same batches, same weights, bit for bit: over an epoch of the loop and as many of the benchmark's steps."""
     config = replace(config, **{group: replace(getattr(config, group), **values) for group, values in changes.items()})
     loop, timed = (Bench(config, prepared, CPU, budget=0.01) for _ in range(2))
-    classes, phase = len(prepared.classes), epoch_phase(config, 1)
+    classes, size = len(prepared.classes), epoch_size(config.train, config.data.image_size, 1)
     train_epoch(
         loop.training.model,
         loop.training.optimizer,
@@ -94,7 +93,7 @@ def test_the_steps_that_are_timed_are_those_of_training(
     )
     stepper, watch = timed.stepper(), Stopwatch(CPU)
     for number, batch in enumerate(timed.batches):
-        stepper.step(batch, watch, phase=phase, epoch=1, number=number)
+        stepper.step(batch, watch, size=size, epoch=1, number=number)
     assert set(watch.seconds) == set(PARTS)
     for name, value in loop.training.evaluated.state_dict().items():
         assert torch.equal(value, timed.training.evaluated.state_dict()[name]), name
@@ -105,7 +104,7 @@ def test_flops_of_a_step_equal_a_hand_count(config: Config, prepared: Prepared, 
     """A multiplication and an addition are two, in bf16 as in float32; the first layer, frozen, has no backward."""
     bench = Bench(replace(config, train=replace(config.train, precision=precision)), prepared, CPU, budget=0.01)
     meter, rows = FlopMeter(), 44
-    bench.stepper().step(bench.batches[0], meter, phase=Phase(16, frozen=False))
+    bench.stepper().step(bench.batches[0], meter, size=16)
 
     def conv(before: int, after: int, kernel: int, side: int) -> int:
         return 2 * rows * before * after * kernel**2 * side**2
@@ -125,14 +124,14 @@ def test_muons_products_count(config: Config, prepared: Prepared) -> None:
     products of factors, and two updates of the Gram matrix by two products each."""
     muon = replace(config, optim=replace(config.optim, optimizer="muon"))
     bench, meter = Bench(muon, prepared, CPU, budget=0.01), FlopMeter()
-    bench.stepper().step(bench.batches[0], meter, phase=Phase(16, frozen=False))
+    bench.stepper().step(bench.batches[0], meter, size=16)
     shapes = [(8, 24 * 9), (8, 8 * 9), (16, 8 * 9), (16, 16 * 9)]
     assert meter.flops["optimizer"] == sum(2 * (2 * a * a * b + (3 + 2 + 4) * a**3) for a, b in shapes)
 
 
 def test_operators_have_their_kinds_and_sum_to_one(bench: Bench) -> None:
     stepper = bench.stepper()
-    shares = operator_shares(lambda meter: stepper.step(bench.batches[0], meter, phase=Phase(8, frozen=False)), 1, CPU)
+    shares = operator_shares(lambda meter: stepper.step(bench.batches[0], meter, size=8), 1, CPU)
     assert sum(shares.values()) == pytest.approx(1)
     expected = {"convolution", "batch norm", "pooling", "activation", "linear", "loss", "augment", "resize"}
     assert expected | {"optimizer"} <= shares.keys()
@@ -157,14 +156,12 @@ def test_mean_shares_weigh_by_time() -> None:
     assert shares == {"a": pytest.approx(0.625), "b": pytest.approx(0.375)}
 
 
-def test_phases_are_counted_in_steps() -> None:
-    assert steps_by_phase(RECIPES["notebook"](), 7) == {Phase(32, frozen=False): 700}
-    config = replace(Config(), train=TrainConfig(epochs=8, scales=(0.625, 0.625, 0.75, 1.0), freeze_from=0.8))
-    small, middle, large = (Phase(size, frozen=False) for size in (20, 24, 32))
-    last = Phase(32, frozen=True)
-    assert steps_by_phase(config, 10) == {small: 40, middle: 20, large: 10, last: 10}
+def test_sizes_are_counted_in_steps() -> None:
+    assert steps_by_size(RECIPES["notebook"](), 7) == {32: 700}
+    config = replace(Config(), train=TrainConfig(epochs=8, scales=(0.625, 0.625, 0.75, 1.0)))
+    assert steps_by_size(config, 10) == {20: 40, 24: 20, 32: 20}
     skipping = replace(config, train=replace(config.train, skip_easy=0.5))
-    assert steps_by_phase(skipping, 10) == {small: 30, middle: 10, large: 5, last: 10}
+    assert steps_by_size(skipping, 10) == {20: 30, 24: 10, 32: 15}
     assert usual_scale(config) == 0.625
     assert usual_scale(replace(config, train=replace(config.train, scales=(0.5, 1.0)))) == 1.0  # of equals the larger
 
@@ -309,7 +306,7 @@ def test_all_counts_share_one_batch() -> None:
 
 
 def test_step_points_halve_the_batch_as_far_as_it_goes(bench: Bench) -> None:
-    points = step_points(bench, 44, Phase(16, frozen=False))
+    points = step_points(bench, 44, 16)
     assert [point["images"] for point in points] == [44, 22, 11, 5, 2]
     assert all(point["seconds"] > 0 and point["n"] >= 1 for point in points)
 

@@ -42,7 +42,6 @@ def test_field_names_are_unique_over_the_groups() -> None:
         (ModelConfig, {"depths": (2, 3)}, "--depths"),
         (ModelConfig, {"depths": (0,)}, "--depths"),
         (TrainConfig, {"skip_easy": 1.0}, "--skip-easy"),
-        (TrainConfig, {"freeze_from": 0.0}, "--freeze-from"),
         (OptimConfig, {"lr": float("nan")}, "--lr nan"),
         (TrainConfig, {"epochs": 0}, "--epochs 0"),
         (RunConfig, {"workers": "4:1"}, "--workers 4:1"),

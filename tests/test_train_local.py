@@ -4,18 +4,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cifar.config import Config, ConfigError, DataConfig, ModelConfig, RunFailed
+from cifar.config import Config, ConfigError, DataConfig, RunFailed
 from cifar.data import Prepared
 from cifar.local import LocalContext
-from cifar.loop import epoch_phase, resize
+from cifar.loop import epoch_size, resize
 from cifar.model_dir import load_model
-from cifar.models import Classifier
 from cifar.recipes import fast
 from cifar.run_dir import RunDir, local_model, writable
 from cifar.train import Run, default_name, fit
@@ -83,9 +82,9 @@ def test_tensorboard_reads_the_events(here: Config) -> None:
         lambda c: replace(c, model=replace(c.model, model="notebook", dropout=0.3)),
         lambda c: replace(c, augment=replace(c.augment, mixup=0.4, cutmix=1.0, policy="trivial")),
         lambda c: replace(c, train=replace(c.train, loader="streaming")),
-        lambda c: replace(c, train=replace(c.train, skip_easy=0.3, freeze_from=0.5, epochs=4)),
+        lambda c: replace(c, train=replace(c.train, skip_easy=0.3, epochs=4)),
     ],
-    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming", "skip-freeze"],
+    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming", "skip-easy"],
 )
 def test_interrupted_often_ends_with_the_same_bits(
     here: Config, change: Callable[[Config], Config], monkeypatch: pytest.MonkeyPatch
@@ -125,29 +124,6 @@ def test_easy_images_are_left_out_of_the_epochs_between(here: Config) -> None:
     assert [row["step"] for row in history] == [9, 18, 22, 26, 35]
     assert history[-1]["lr"] == pytest.approx(0.01 / 35)
     assert history[-1]["val_accuracy"] > 0.9
-
-
-@pytest.mark.parametrize("model", ["cnn", "notebook"])
-def test_the_first_group_stays_as_it_is_in_the_last_epochs(
-    here: Config, model: Literal["cnn", "notebook"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three epochs the third: until then it learns, and the rest of the network goes on."""
-    after: list[Classifier] = []
-    report = LocalContext.report
-
-    def load_and_report(self: LocalContext, metrics: dict[str, Any], checkpoint: Path) -> None:
-        after.append(load_model(checkpoint / "model").model)
-        report(self, metrics, checkpoint)
-
-    monkeypatch.setattr(LocalContext, "report", load_and_report)
-    fit(named(replace(here, model=ModelConfig(model=model, widths=(8, 16))), "frozen", freeze_from=0.5))
-    first = {id(parameter) for parameter in after[1].network.first.parameters()}
-    states = [dict(network.named_parameters()) for network in after]
-    learning = [name for name, parameter in states[1].items() if parameter.requires_grad]
-    assert any(id(states[1][name]) in first for name in learning)
-    for name in learning:
-        assert not torch.equal(states[0][name], states[1][name]), name
-        assert torch.equal(states[1][name], states[2][name]) == (id(states[1][name]) in first), name
 
 
 def test_another_seed_gives_other_weights(here: Config) -> None:
@@ -206,9 +182,9 @@ def test_micro_batches_do_the_step_of_the_whole_batch(here: Config) -> None:
 
 
 def test_scales_hold_for_equal_parts_of_the_epochs(here: Config) -> None:
-    config = named(here, "sizes", epochs=5, scales=(0.5, 0.75, 1.0))
-    assert [epoch_phase(config, epoch).size for epoch in range(5)] == [8, 8, 12, 12, 16]
-    assert epoch_phase(named(here, "least", scales=(0.25,)), 0).size == 8, "no less than the networks take"
+    train = replace(here.train, epochs=5, scales=(0.5, 0.75, 1.0))
+    assert [epoch_size(train, 16, epoch) for epoch in range(5)] == [8, 8, 12, 12, 16]
+    assert epoch_size(replace(train, scales=(0.25,)), 16, 0) == 8, "no less than the networks take"
     images = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
     torch.testing.assert_close(resize(images, 12), torch.full((2, 3, 12, 12), 100.0))
     assert resize(images, 16) is images
@@ -259,7 +235,7 @@ def test_preemption_notice_writes_one_checkpoint_at_once(here: Config, monkeypat
 @pytest.mark.slow
 def test_compiling_ahead_leaves_the_code_and_nothing_else(here: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run compiles nothing after it, and ends with the weights of one that compiles on the way."""
-    settings = {"compile": True, "epochs": 2, "scales": (0.5, 1.0), "skip_easy": 0.5, "freeze_from": 0.5}
+    settings = {"compile": True, "epochs": 2, "scales": (0.5, 1.0), "skip_easy": 0.5}
 
     def ahead_only(*arguments: Any) -> None:
         compile_ahead(*arguments)

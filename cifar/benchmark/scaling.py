@@ -26,7 +26,7 @@ from cifar.benchmark.stages import Bench, time_steps
 from cifar.config import Config, ConfigError, RunConfig, RunFailed
 from cifar.data.loader import Batch
 from cifar.data.shares import num_batches
-from cifar.loop import Phase, epoch_phase
+from cifar.loop import epoch_size
 from cifar.train import fit
 
 EPOCHS = 4
@@ -80,12 +80,11 @@ def scaling(bench: Bench, counts: Sequence[int], load_per_image: float, link: Li
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     scale = usual_scale(bench.config)
-    train = replace(bench.config.train, scales=(scale,), freeze_from=1.0, epochs=EPOCHS, patience=0)
-    config = replace(bench.config, train=train)
+    config = replace(bench.config, train=replace(bench.config.train, scales=(scale,), epochs=EPOCHS, patience=0))
     batch_size = shared_batch_size(config, counts)
     config = replace(config, train=replace(config.train, max_minutes=0.0, checkpoint_steps=0, batch_size=batch_size))
-    phase = epoch_phase(config, 0)
-    points = step_points(bench, batch_size, phase)
+    size = epoch_size(config.train, config.data.image_size, 0)
+    points = step_points(bench, batch_size, size)
     measured = [measure(config, count, replace(run, gpu=gpus > 0)) for count in counts]
     add_efficiency(measured)
     fixed, per_image = fit_compute([(p["images"], p["seconds"]) for p in points])
@@ -96,7 +95,7 @@ def scaling(bench: Bench, counts: Sequence[int], load_per_image: float, link: Li
     apart = [m for m in measured if "error" not in m and m["workers"] <= max(gpus, len(nodes))]
     model = replace(model, link=fit_link(model, batch_size, {m["workers"]: m["step_seconds"] for m in apart}))
     return {
-        "image_size": phase.size,
+        "image_size": size,
         "batch_size": batch_size,
         "nodes": len(nodes),
         "cpus": sum(node.get("CPU", 0) for node in nodes),
@@ -154,7 +153,7 @@ def add_efficiency(measured: list[dict[str, Any]]) -> None:
             m["efficiency"] = m["speedup"] * smallest / m["workers"]
 
 
-def step_points(bench: Bench, batch_size: int, phase: Phase) -> list[dict[str, Any]]:
+def step_points(bench: Bench, batch_size: int, size: int) -> list[dict[str, Any]]:
     """Median seconds of a step in this process, without loading: on `batch_size` images, a half, ... to a 32nd."""
     points = []
     micro_batches = bench.config.optim.accumulate
@@ -163,7 +162,7 @@ def step_points(bench: Bench, batch_size: int, phase: Phase) -> list[dict[str, A
         if images < max(micro_batches, 2):  # batch norm needs two
             break
         batches = cycle(Batch(*(column[:images] for column in batch)) for batch in bench.batches)
-        seconds = time_steps(bench.stepper(), batches, phase, bench.budget / 2)["step"]
+        seconds = time_steps(bench.stepper(), batches, size, bench.budget / 2)["step"]
         points.append({"images": images, "seconds": median(seconds), "n": len(seconds)})
     return points
 

@@ -26,14 +26,14 @@ from cifar.benchmark.measure import (
     synchronize,
     weighted_mean,
 )
-from cifar.benchmark.step import PARTS, FlopMeter, Stepper, Stopwatch, mean_shares, operator_shares, steps_by_phase
+from cifar.benchmark.step import PARTS, FlopMeter, Stepper, Stopwatch, mean_shares, operator_shares, steps_by_size
 from cifar.cluster import choose_loader
 from cifar.config import Config, RunConfig
 from cifar.data.decode import decode
 from cifar.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, read_stream
 from cifar.data.prepared import Prepared
 from cifar.data.shares import share
-from cifar.loop import Phase, autocast
+from cifar.loop import autocast
 from cifar.predictor import Predictor
 from cifar.train import fit
 from cifar.training import COMPILE_STEPS, Position, Training, build_training, load_checkpoint, save_checkpoint
@@ -127,24 +127,24 @@ class Bench:
         return [self._load(kind) for kind in kinds]
 
     def steps(self) -> tuple[list[Stage], dict[str, float]]:
-        """The parts of a training step in each phase and their mean over a run's; operators' shares.
+        """The parts of a training step at each size and their mean over a run's; operators' shares.
 
         `step` is the sum of the parts: all but the loading.
         """
-        phases = steps_by_phase(self.config, self.num_batches)
+        sizes = steps_by_size(self.config, self.num_batches)
         parts: dict[str, list[Stage]] = {part: [] for part in (*PARTS, "step")}
         shares, spent = {}, {}
-        for phase, steps in phases.items():
-            flops = self._flops(phase)
+        for size, steps in sizes.items():
+            flops = self._flops(size)
             stepper, batches = self.stepper(), cycle(self.batches)
-            seconds = time_steps(stepper, batches, phase, self.budget)
+            seconds = time_steps(stepper, batches, size, self.budget)
             for part in PARTS:
-                parts[part].append(self._part(part, phase, seconds[part], flops[part]))
-            parts["step"].append(self._part("step", phase, seconds["step"], sum(flops.values())))
-            spent[phase] = parts["step"][-1].seconds * steps
-            shares[phase] = operator_shares(
-                lambda meter, stepper=stepper, batches=batches, phase=phase: stepper.step(
-                    next(batches), meter, phase=phase
+                parts[part].append(self._part(part, size, seconds[part], flops[part]))
+            parts["step"].append(self._part("step", size, seconds["step"], sum(flops.values())))
+            spent[size] = parts["step"][-1].seconds * steps
+            shares[size] = operator_shares(
+                lambda meter, stepper=stepper, batches=batches, size=size: stepper.step(
+                    next(batches), meter, size=size
                 ),
                 PROFILED_STEPS,
                 self.device,
@@ -152,7 +152,7 @@ class Bench:
         stages = []
         for of_part in parts.values():
             stages += of_part if len(of_part) > 1 else []
-            stages.append(weighted_mean(of_part, list(phases.values()), "mean over a run"))
+            stages.append(weighted_mean(of_part, list(sizes.values()), "mean over a run"))
         return stages, mean_shares(shares, spent)
 
     def checkpoints(self, folder: Path) -> list[Stage]:
@@ -265,29 +265,29 @@ class Bench:
                 seconds.append(spent[-1] / batches)
         return Stage.of("load", kind, seconds, images=self.config.train.batch_size)
 
-    def _part(self, part: str, phase: Phase, seconds: list[float], flops: int) -> Stage:
-        idle = part == "resize" and phase.size == self.config.data.image_size
+    def _part(self, part: str, size: int, seconds: list[float], flops: int) -> Stage:
+        idle = part == "resize" and size == self.config.data.image_size
         images = 0 if idle else self.config.train.batch_size
-        return Stage.of(part, f"{phase.size} px{', frozen' * phase.frozen}", seconds, images=images, flops=flops)
+        return Stage.of(part, f"{size} px", seconds, images=images, flops=flops)
 
-    def _flops(self, phase: Phase) -> dict[str, int]:
+    def _flops(self, size: int) -> dict[str, int]:
         """Of a step, part by part. The network bare: what a compiled one does inside, the counter does not see."""
         meter = FlopMeter()
         bare = replace(self.training, model=self.training.network)
-        self.stepper(bare).step(self.batches[0], meter, phase=phase)
+        self.stepper(bare).step(self.batches[0], meter, size=size)
         return {part: meter.flops[part] for part in PARTS}
 
 
-def time_steps(stepper: Stepper, batches: Iterator[Batch], phase: Phase, budget: float) -> dict[str, list[float]]:
+def time_steps(stepper: Stepper, batches: Iterator[Batch], size: int, budget: float) -> dict[str, list[float]]:
     """Seconds of each step, for each part and their sum as `step`, until the steps sum to `budget`."""
     if stepper.config.train.compile:
         torch._dynamo.reset()  # it gives up on a network that came in too many shapes
     for _ in range(COMPILE_STEPS):  # the first also makes the optimizer's state
-        stepper.step(next(batches), Stopwatch(stepper.device), phase=phase)
+        stepper.step(next(batches), Stopwatch(stepper.device), size=size)
     measured: dict[str, list[float]] = {part: [] for part in (*PARTS, "step")}
     while more_wanted(measured["step"], budget):
         watch = Stopwatch(stepper.device)
-        stepper.step(next(batches), watch, phase=phase)
+        stepper.step(next(batches), watch, size=size)
         for part in PARTS:
             measured[part].append(watch.seconds[part])
         measured["step"].append(sum(watch.seconds.values()))

@@ -17,7 +17,7 @@ from cifar.augment import augment, derive_seed, mix
 from cifar.benchmark.measure import synchronize
 from cifar.config import Config
 from cifar.data.loader import Batch
-from cifar.loop import Phase, autocast, epoch_phase, resize, unwrapped
+from cifar.loop import autocast, epoch_size, resize
 from cifar.metrics import Totals
 from cifar.optim import lr_scale, set_lr
 from cifar.selection import epoch_batches
@@ -41,14 +41,13 @@ class Stepper:
         self._parameters = [p for p in training.model.parameters() if p.requires_grad]
         self._totals = Totals.zeros(device)
 
-    def step(self, batch: Batch, meter: Meter, *, phase: Phase, epoch: int = 0, number: int = 0) -> None:
-        """Step `number` of `epoch` on `batch`, as those of `phase` are."""
+    def step(self, batch: Batch, meter: Meter, *, size: int, epoch: int = 0, number: int = 0) -> None:
+        """Step `number` of `epoch` on `batch`, at `size` pixels."""
         config, training = self.config, self.training
         seed = config.train.seed
         total_steps = config.train.epochs * self._num_batches
         step = (epoch * self._num_batches + number) % total_steps  # a measurement may take more of them than a run
         training.model.train()
-        unwrapped(training.model).freeze_first(phase.frozen)
         with meter("augment"):
             images, targets = batch.images, batch.labels
             images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
@@ -57,7 +56,7 @@ class Stepper:
                     images, targets, config.augment, self._num_classes, seed=seed, epoch=epoch, step=step
                 )
         with meter("resize"):
-            images = resize(images, phase.size)
+            images = resize(images, size)
         with meter("optimizer"):
             set_lr(training.optimizer, lr_scale(config.optim, step, total_steps))
             training.optimizer.zero_grad(set_to_none=True)
@@ -115,12 +114,13 @@ class FlopMeter:
         self.flops[part] += counter.get_total_flops()
 
 
-def steps_by_phase(config: Config, num_batches: int) -> dict[Phase, int]:
-    """The phases of a run, small images first, each with its steps; a full epoch has `num_batches`."""
-    steps: Counter[Phase] = Counter()
+def steps_by_size(config: Config, num_batches: int) -> dict[int, int]:
+    """Training sizes in pixels, ascending, each with the steps of a run that train at it; a full epoch has
+    `num_batches`."""
+    steps: Counter[int] = Counter()
     for epoch, batches in enumerate(epoch_batches(num_batches, config.train.epochs, config.train.skip_easy)):
-        steps[epoch_phase(config, epoch)] += batches
-    return dict(sorted(steps.items(), key=lambda item: (item[0].size, item[0].frozen)))
+        steps[epoch_size(config.train, config.data.image_size, epoch)] += batches
+    return dict(sorted(steps.items()))
 
 
 OPERATORS = {

@@ -36,16 +36,10 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.network = network
-        self._first = [parameter for parameter in network.first.parameters() if parameter.requires_grad]
 
     @property
     def head(self) -> nn.Linear:
         return self.network.head
-
-    def freeze_first(self, frozen: bool) -> None:
-        """Let the first group of convolutions stay as it is, but for batch norm's statistics, or learn again."""
-        for parameter in self._first:
-            parameter.requires_grad_(not frozen)
 
     def init_from(self, images: Tensor) -> None:
         """Set what is computed from a sample of training images, uint8 (B, 3, H, W), before the first step."""

@@ -31,11 +31,6 @@ class Cnn(nn.Module):
         # Logits of a fresh network this small keep the first loss near log C at learning rates this high.
         self.head_scale = 1 / 9
 
-    @property
-    def first(self) -> nn.Module:
-        """The group on the largest plane."""
-        return self.groups[0]
-
     def init_whitening(self, images: Tensor, eps: float = 5e-4) -> None:
         """Set the first layer to whiten the patches of `images`, normalised floats (B, 3, H, W).
 

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 DENSE = 128
-PER_BLOCK = 8
 
 
 class NotebookCnn(nn.Module):
@@ -26,11 +25,6 @@ class NotebookCnn(nn.Module):
             nn.Dropout(min(dropout + 0.1 * len(widths), 0.9) if dropout else 0.0),
         )
         self.head = nn.Linear(DENSE, num_classes)
-
-    @property
-    def first(self) -> nn.Module:
-        """The block on the largest plane."""
-        return self.blocks[:PER_BLOCK]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.dense(self.blocks(images)))
