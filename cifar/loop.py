@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar.augment import augment, derive_seed, mix
-from cifar.config import Config, TrainConfig
+from cifar.config import Config, Precision, TrainConfig
 from cifar.data.loader import Batch
 from cifar.data.prepared import Arrays
 from cifar.metrics import Totals
@@ -65,7 +65,7 @@ def train_epoch(
             if config.train.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
             with synchronized_only_if(part == micro_batches - 1, model):
-                with autocast(config.train, device):
+                with autocast(config.train.precision, device):
                     logits = model(some)
                 losses = F.cross_entropy(
                     logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
@@ -92,7 +92,7 @@ def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, d
     for batch in batches:
         # Copies: blocks of the object store are read-only, which torch does not know.
         images, labels = (torch.tensor(column, device=device) for column in (batch.images, batch.labels))
-        with autocast(config, device):
+        with autocast(config.precision, device):
             logits = model(images.permute(0, 3, 1, 2))
         totals.add(logits, labels)
     return totals
@@ -111,9 +111,9 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """bf16 autocast if the config asks for it, or leaves the choice and the processor computes it natively."""
-    wanted = config.precision == "bf16" or (config.precision == "auto" and native_bf16(device))
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """bf16 autocast if `precision` asks for it, or leaves the choice and the processor computes it natively."""
+    wanted = precision == "bf16" or (precision == "auto" and native_bf16(device))
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()  # pyright: ignore[reportReturnType]
 
 

@@ -42,7 +42,6 @@ convolutions' arithmetic.
     filters tied to their mirror images                         * 92.3 against 92.8     0
     one 4 x 4 layer instead of the first group                  * 90.1 against 91.7     0
     shifted views in eight directions, against two (n=6)          92.8 against 92.8  +1.4 looks an image
-    the first look in bf16: same labels, but probabilities above the threshold off by up to 0.05
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ import torch
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, ModelInfo, load_model, save_model
 from cifar.models import build_model
-from cifar.predictor import Predictor, find_device
+from cifar.predictor import CLOSE, Predictor, find_device
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
 
@@ -30,25 +30,30 @@ def images(count: int = 11, size: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
+def exact(model: LoadedModel | Path, batch_size: int = 500) -> Predictor:
+    """In float32, so that rounding hides nothing."""
+    return Predictor(model, "cpu", batch_size, precision="fp32")
+
+
 def test_probabilities_are_the_softmax_of_what_the_bare_model_says():
     loaded = loaded_model()
     with torch.inference_mode():
         expected = loaded.model(torch.from_numpy(images()).permute(0, 3, 1, 2)).softmax(1).numpy()
-    found = Predictor(loaded, device="cpu").predict(images())
+    found = exact(loaded).predict(images())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_mirror_averages_the_logits_of_the_image_and_its_mirror_image():
     """An untrained network is unsure of all of them."""
-    plain, mirror = (Predictor(loaded_model(tta=tta), device="cpu") for tta in ("none", "mirror"))
+    plain, mirror = (exact(loaded_model(tta=tta)) for tta in ("none", "mirror"))
     expected = (plain.logits(images()) + plain.logits(images()[:, :, ::-1])) / 2
     np.testing.assert_allclose(mirror.logits(images()), expected, rtol=1e-4, atol=1e-6)
     assert not np.allclose(expected, plain.logits(images()), atol=1e-3)
 
 
 def test_shift_weighs_the_image_in_place_as_much_as_both_shifted_ones():
-    mirror, shift = (Predictor(loaded_model(tta=tta), device="cpu") for tta in ("mirror", "shift"))
+    mirror, shift = (exact(loaded_model(tta=tta)) for tta in ("mirror", "shift"))
     padded = np.pad(images(), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     corners = mirror.logits(padded[:, :-2, :-2]) + mirror.logits(padded[:, 2:, 2:])
     expected = mirror.logits(images()) / 2 + corners / 4
@@ -58,7 +63,7 @@ def test_shift_weighs_the_image_in_place_as_much_as_both_shifted_ones():
 @pytest.mark.parametrize("batch_size", [3, 100])
 def test_images_that_the_network_is_sure_of_are_asked_once(monkeypatch, batch_size):
     """Those below the margin get the mean, the others the plain answer, whatever else is in their batch."""
-    plain, mirror = (Predictor(loaded_model(tta=tta), "cpu", batch_size) for tta in ("none", "mirror"))
+    plain, mirror = (exact(loaded_model(tta=tta), batch_size) for tta in ("none", "mirror"))
     means = mirror.logits(images())
     probabilities = np.sort(plain.predict(images()), axis=1)
     margins = probabilities[:, -1] - probabilities[:, -2]
@@ -72,7 +77,7 @@ def test_images_that_the_network_is_sure_of_are_asked_once(monkeypatch, batch_si
 
 
 def test_more_than_two_views_are_for_those_of_which_two_leave_it_unsure(monkeypatch: pytest.MonkeyPatch) -> None:
-    mirror, shift = (Predictor(loaded_model(tta=tta), "cpu") for tta in ("mirror", "shift"))
+    mirror, shift = (exact(loaded_model(tta=tta)) for tta in ("mirror", "shift"))
     means, all_views = mirror.logits(images()), shift.logits(images())
     probabilities = np.sort(mirror.predict(images()), axis=1)
     margins = probabilities[:, -1] - probabilities[:, -2]
@@ -81,8 +86,24 @@ def test_more_than_two_views_are_for_those_of_which_two_leave_it_unsure(monkeypa
     np.testing.assert_allclose(shift.logits(images()), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_in_bfloat16_what_is_close_is_answered_as_in_float32_and_the_rest_nearly_so() -> None:
+    loaded = loaded_model()
+    with torch.no_grad():
+        loaded.model.head.weight.mul_(30)  # of an untrained network all answers are close
+    many = images(200)
+    expected = exact(loaded).predict(many)
+    found = Predictor(loaded, "cpu", precision="bf16").predict(many)
+    highest = np.sort(found, axis=1)
+    close = highest[:, -1] - highest[:, -2] < CLOSE
+    assert 0 < close.sum() < 100
+    np.testing.assert_allclose(found[close], expected[close], rtol=1e-4)
+    np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert not np.allclose(found[~close], expected[~close], rtol=1e-4)
+
+
 def test_array_and_tensor_layouts_give_the_same_answers():
-    predictor = Predictor(loaded_model(), device="cpu")
+    predictor = exact(loaded_model())
     tensor = torch.from_numpy(images()).permute(0, 3, 1, 2).contiguous()
     np.testing.assert_allclose(predictor.logits(images()), predictor.logits(tensor), rtol=1e-5)
 
@@ -90,8 +111,8 @@ def test_array_and_tensor_layouts_give_the_same_answers():
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
 def test_the_batch_size_changes_neither_order_nor_count(batch_size):
     loaded = loaded_model()
-    expected = Predictor(loaded, device="cpu").logits(images())
-    found = Predictor(loaded, device="cpu", batch_size=batch_size).logits(images())
+    expected = exact(loaded).logits(images())
+    found = exact(loaded, batch_size).logits(images())
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -99,7 +120,7 @@ def test_a_training_mode_model_is_put_into_evaluation_mode():
     loaded = loaded_model()
     loaded.model.train()
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    Predictor(loaded, device="cpu").predict(images())
+    exact(loaded).predict(images())
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
 
 
@@ -108,23 +129,21 @@ def test_read_only_memory_gives_no_warning_and_is_left_alone():
     frozen.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Predictor(loaded_model(), device="cpu").predict(frozen)
+        exact(loaded_model()).predict(frozen)
     np.testing.assert_array_equal(frozen, images())
 
 
 def test_no_images_give_no_rows():
-    assert Predictor(loaded_model(), device="cpu").predict(images(0)).shape == (0, 4)
+    assert exact(loaded_model()).predict(images(0)).shape == (0, 4)
 
 
 def test_a_folder_gives_what_the_model_in_memory_gives(tmp_path: Path):
     loaded = loaded_model()
     save_model(tmp_path / "model", loaded.model, loaded.info, loaded.metrics)
-    predictor = Predictor(tmp_path / "model", device="cpu")
+    predictor = exact(tmp_path / "model")
     assert predictor.classes == ("a", "b", "c", "d")
     assert predictor.metrics == {"train_seconds": 1.5}
-    np.testing.assert_allclose(
-        predictor.predict(images()), Predictor(loaded, device="cpu").predict(images()), rtol=1e-5
-    )
+    np.testing.assert_allclose(predictor.predict(images()), exact(loaded).predict(images()), rtol=1e-5)
     assert replace(load_model(tmp_path / "model").info, source="") == replace(loaded.info, source="")
 
 
@@ -141,7 +160,7 @@ def test_a_folder_gives_what_the_model_in_memory_gives(tmp_path: Path):
 )
 def test_images_of_another_shape_or_type_are_refused_with_the_shape_wanted(wrong):
     with pytest.raises(ValueError, match=r"uint8 \(N, (16, 16, 3|3, 16, 16)\)"):
-        Predictor(loaded_model(), device="cpu").predict(wrong)
+        exact(loaded_model()).predict(wrong)
 
 
 def test_an_unknown_device_is_one_line_that_names_the_flag():

@@ -234,7 +234,7 @@ class Bench:
 
     def _dtype(self) -> torch.dtype:
         device = self.device.type
-        with autocast(self.config.train, self.device):
+        with autocast(self.config.train.precision, self.device):
             return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
     def _loader(self, kind: str) -> Loader:

@@ -67,7 +67,7 @@ class Stepper:
             if config.train.compile:
                 torch.compiler.cudagraph_mark_step_begin()
             with meter("forward"):
-                with autocast(config.train, self.device):
+                with autocast(config.train.precision, self.device):
                     logits = training.model(some)
                 with record_function("loss"):
                     losses = F.cross_entropy(
