@@ -40,6 +40,11 @@ def start_ray(verbose: bool) -> None:
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         # Ray lets its workers yield to everything else (nice 15); here they are what the user waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray trains in a thread of its own, for which glibc keeps a heap apart that at times gives activations' pages
+        # back at each step: 28,000 page faults a second instead of 3,000, and 12 % of the time of a step.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+        # Looks for new log files ten times a second otherwise, for 0.6 % of a core.
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
     try:
         ray.init(
             address=address,
