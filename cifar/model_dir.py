@@ -21,7 +21,7 @@ import cifar
 from cifar.config import Config, ConfigError
 from cifar.models import Classifier, build_model
 
-FORMAT = 1
+FORMAT = 2
 MAX_CLASSES = 100_000
 
 

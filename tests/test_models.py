@@ -13,7 +13,7 @@ from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.model_dir import ModelInfo, load_model, model_card, save_model
 from cifar.models import Classifier, build_model
 from cifar.models.cnn import ConvGroup
-from cifar.models.small_planes import Conv3x3
+from cifar.models.cpu import Conv3x3, max_pool
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 61.0, 62.0)
 CNN = Config(model=ModelConfig(widths=(8, 16, 16)))
@@ -67,8 +67,8 @@ def test_a_group_of_three_convolutions_has_a_shortcut() -> None:
     group = ConvGroup(4, 8, depth=3).eval()
     features = torch.rand(2, 4, 8, 8)
     torch.nn.init.zeros_(group.convs[2].weight)  # pyright: ignore[reportArgumentType]
-    first = torch.nn.functional.gelu(group.norms[0](torch.nn.functional.max_pool2d(group.convs[0](features), 2)))
-    torch.testing.assert_close(group(features), torch.nn.functional.gelu(first))
+    first = torch.nn.functional.silu(group.norms[0](torch.nn.functional.max_pool2d(group.convs[0](features), 2)))
+    torch.testing.assert_close(group(features), torch.nn.functional.silu(first))
     plain = ConvGroup(4, 8, depth=2).eval()
     torch.nn.init.zeros_(plain.convs[1].weight)  # pyright: ignore[reportArgumentType]
     assert not plain(features).any()
@@ -94,6 +94,21 @@ def test_convolution_of_a_tiny_plane_is_the_convolution(size: tuple[int, int]) -
     for want, one, other in zip(expected, exact, rounded, strict=True):
         assert (one - want).norm() <= 1e-12 * want.norm()
         assert (other - want).norm() <= 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (9, 8), (19, 19)])
+def test_pooling_is_torchs(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Result and gradient to the bit, in the same memory order; whole numbers, so that windows have ties."""
+    torch.manual_seed(0)
+    features = torch.randint(0, 5, (3, 4, *size)).to(dtype).contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
+    expected, found = torch.nn.functional.max_pool2d(features, 2), max_pool(features)
+    gradient = torch.randn(found.shape).to(dtype)
+    (wanted,), (got,) = (torch.autograd.grad(result, features, gradient) for result in (expected, found))
+    assert torch.equal(found, expected)
+    assert torch.equal(got, wanted)
+    assert got.stride() == features.stride()
 
 
 def test_first_layer_whitens_the_patches() -> None:

@@ -126,8 +126,8 @@ def steps_by_size(config: Config, num_batches: int) -> dict[int, int]:
 OPERATORS = {
     "convolution": r"convolution|conv2d|thnn_conv|^_places",
     "batch norm": r"batch_?norm",
-    "pooling": r"max_?pool|avg_?pool",
-    "activation": r"gelu|relu",
+    "pooling": r"max_?(un)?pool|avg_?pool",
+    "activation": r"silu|relu",
     "dropout": r"dropout",
     "linear": r"linear|^mmbackward|^addmmbackward|^tbackward",
     "loss": r"softmax|nll_?loss|cross_?entropy|^loss$",

@@ -2,13 +2,14 @@
 
 A frozen first layer whitens 2x2 patches, then come groups of 3x3 convolutions, and the maximum over what is left of the
 plane feeds one linear layer. The first group works on the largest plane, so its width is what a slow processor pays
-for; a third convolution in a later group, on its pooled plane, costs little.
+for; a third convolution in a later group, on its pooled plane, costs little. SiLU stands for airbench's GELU, as
+accurate here (n=5) and cheaper: a step of `fast` takes 2 to 4 % less.
 """
 
 import torch
 from torch import Tensor, nn
 
-from cifar.models.small_planes import Conv3x3
+from cifar.models.cpu import Conv3x3, max_pool
 
 PATCH = 2
 
@@ -52,14 +53,14 @@ class Cnn(nn.Module):
             whitened = self.whiten(images)
         if torch.is_autocast_enabled(device):
             whitened = whitened.to(torch.get_autocast_dtype(device))
-        features = self.groups(nn.functional.gelu(whitened))
+        features = self.groups(nn.functional.silu(whitened))
         # Not amax: its gradient looks for the maximum, which a compiled bf16 network computes with another rounding.
         pooled = nn.functional.adaptive_max_pool2d(features, 1).flatten(1)
         return self.head(self.dropout(pooled)) * self.head_scale
 
 
 class ConvGroup(nn.Module):
-    """conv, pool, norm, GELU, then conv, norm, GELU again: (B, before, H, W) -> (B, after, H // 2, W // 2), at least 1.
+    """conv, pool, norm, SiLU, then conv, norm, SiLU again: (B, before, H, W) -> (B, after, H // 2, W // 2), at least 1.
 
     From a depth of 3 on, what the second convolution gets is added to what the last one's norm gives.
     """
@@ -72,13 +73,13 @@ class ConvGroup(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features = self.convs[0](features)
         if min(features.shape[2:]) > 1:  # many groups use a small plane up
-            features = nn.functional.max_pool2d(features, 2)
-        features = shortcut = nn.functional.gelu(self.norms[0](features))
+            features = max_pool(features)
+        features = shortcut = nn.functional.silu(self.norms[0](features))
         for place in range(1, len(self.convs)):
             features = self.norms[place](self.convs[place](features))
             if place == len(self.convs) - 1 and place > 1:
                 features = features + shortcut
-            features = nn.functional.gelu(features)
+            features = nn.functional.silu(features)
         return features
 
 
