@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cifar.config import ConfigError, Precision, TestTimeAugmentation
 from cifar.loop import autocast
+from cifar.machine import keep_freed_memory
 from cifar.model_dir import LoadedModel, load_model
 
 SURE = 0.75
@@ -48,6 +49,8 @@ class Predictor:
         self.batch_size = batch_size
         self.device = find_device(device)
         self.precision: Precision = precision
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._model = loaded.model.to(self.device).eval()
         torch.backends.cudnn.allow_tf32 = False
 

@@ -64,7 +64,7 @@ def fast() -> Config:
         data=DataConfig(val_fraction=0.05),
         model=ModelConfig(widths=(64, 128, 256), depths=(2, 3, 3), tta="shift"),
         optim=OptimConfig(lr=0.2, label_smoothing=0.1),
-        train=TrainConfig(epochs=9, skip_easy=0.5, scales=_scales(20, 20, 20, 20, 24, 24, 24, 28, 32)),
+        train=TrainConfig(epochs=9, skip_easy=0.5, scales=_scales(20, 20, 20, 20, 20, 24, 24, 28, 32)),
     )
 
 
