@@ -18,8 +18,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what this process frees, to the end of the process; False where there is no glibc.
 
     By default it hands large blocks back at once, and each step of training pays for its activations' pages anew: a
-    step of `cnn` on 500 images of 28 pixels took 313 ms, and 278 ms with this (medians of 3 processes each); the answers
-    of recipe `fast` for 10,000 images 5.9 s, and 4.4 s (n=2).
+    step of `cnn` on 500 images of 28 pixels took 313 ms, and 278 ms with this (medians of 3 processes each); answers
+    for 10,000 images by `fast` 5.9 s, and 4.4 s (n=2).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
