@@ -18,8 +18,9 @@
     if __name__ == "__main__":
         sys.exit(main())
 
-`Flags` may be a dataclass, an instance of one (its values are the defaults: a recipe such as `Config(...)`), or a dict
-of named instances, of which `--recipe NAME` picks one and the first is the default. Every job gets `--json`.
+`Flags` may be a dataclass, a union of several, each a subcommand, an instance of one (its values are the defaults: a
+recipe such as `Config(...)`), or a dict of named instances, of which `--recipe NAME` picks one and the first is the
+default. Every job gets `--json`.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ import os
 import re
 import shlex
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -50,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 def run_job(
     job: Callable[[Flags], dict[str, Any]],
-    flags: type[Flags] | Flags | Mapping[str, Flags],
+    flags: type[Flags] | types.UnionType | Flags | Mapping[str, Flags],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse `argv` (None: the process's), call the job, return the exit code: 0 done, 1 failed, 2 bad usage.
@@ -98,7 +100,7 @@ def _parse(flags: Any, argv: list[str], description: str) -> tuple[Any, bool]:
         recipe = Annotated[Literal[tuple(flags)], tyro.conf.arg(help="Named defaults for all the other flags.")]
         fields = [("recipe", recipe, dataclasses.field(default=chosen))]
         flags = flags[chosen]
-    if isinstance(flags, type):
+    if isinstance(flags, type | types.UnionType):
         fields.append(("flags", Annotated[flags, tyro.conf.arg(name="")]))
     else:
         fields.append(("flags", Annotated[type(flags), tyro.conf.arg(name="")], dataclasses.field(default=flags)))
@@ -128,7 +130,7 @@ def _tyro(outer: type, argv: list[str], description: str) -> Any:
                 args=argv,
                 prog=Path(sys.argv[0]).name,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
             )
     except SystemExit as stop:
         cause: BaseException | None = stop

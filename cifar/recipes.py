@@ -80,7 +80,9 @@ def fast() -> Config:
 def record94() -> Config:
     """As `fast`, wider and longer: on the way to 94 %.
 
-    93.74 % of the test images (seed 0, n=1) in 334 s of training and 15 s of evaluation, on the same two cores.
+    93.43 and 93.30 % of the test images (seeds 0 and 1) in 251 and 253 s of training and 8 s of evaluation, on the same
+    two cores: 0.53 of what airbench94_muon's method takes there (n=1) for 94.0 %. 15 epochs, with GELU, reached 93.74 %
+    (n=1).
     """
     return Config(
         data=DataConfig(val_fraction=0.02),

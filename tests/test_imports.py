@@ -18,7 +18,7 @@ LAYERS = [
     {"config", "context", "machine"},
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
-    {"cluster", "progress", "run_dir", "training", "predictor"},
+    {"cluster", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate"},
     {"train", "report"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
@@ -36,6 +36,7 @@ WITHOUT_RAY = [
     "training",
     "worker",
     "predictor",
+    "store",
     "evaluate",
 ]
 TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}

@@ -17,13 +17,15 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
 FLAGS = [*TINY, "--epochs", "2", "--scales", "1"]
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [*(job for job in JOBS if job != "models"), "models publish", "models roll-back"])
 def test_help_names_every_flag_with_its_default(job: str) -> None:
-    done = subprocess.run([sys.executable, f"jobs/{job}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    name, *subcommand = job.split()
+    command = [sys.executable, f"jobs/{name}.py", *subcommand, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--json" in done.stdout
     options = done.stdout.count("\n│ --")
-    assert options >= 4
+    assert options >= 3
     assert (
         done.stdout.count("(default:") + done.stdout.count("(required)") + done.stdout.count("(unset)") >= options - 1
     )

@@ -1,0 +1,332 @@
+"""Published models: `<store>/<name>/<version>/`, and aliases that name one of them, in a folder or behind a URI.
+
+A version is the files of a model folder, with the run's report where there is one. It exists for readers from the
+moment its manifest does, which is written last and holds the SHA-256 sum of every file; sums are checked whenever a
+version is opened. An alias is one small file, so that moving it is atomic.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+from safetensors.torch import load, save
+
+from cifar.config import ConfigError
+from cifar.data.prepared import absolute, filesystem, join, write_file
+from cifar.model_dir import load_model
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ALIASES = "aliases"
+CHAMPION = "champion"
+MODEL_FILES = ("config.json", "model.safetensors", "metrics.json", "README.md")
+REPORT_FILES = ("report.json", "report.html")
+REPORTED = ("accuracy", "count", "loss", "macro_f1", "ece")
+NAME = re.compile(r"[A-Za-z0-9][\w.\-]*", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A published model. `name/version` is what loads it, whatever the aliases say."""
+
+    name: str
+    version: str
+    """Time of publication in UTC and four random bytes."""
+    published_at: str
+    """ISO 8601, UTC."""
+    source: str
+    """The run or model folder that it was published from."""
+    files: dict[str, dict[str, Any]]
+    """Per file `sha256` in hex and `bytes`."""
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    version: str
+    since: str
+    history: list[str]
+    """Versions that it named before, oldest first."""
+
+
+class Store:
+    """The published models under a folder or an s3:// or gs:// URI, which need not exist yet."""
+
+    def __init__(self, path: str):
+        self.path = absolute(path)
+        self._files, self._root = filesystem(self.path)
+
+    def publish(self, source: str, name: str, half: bool = False) -> Version:
+        """Copy the model of a run's or a model's folder to a new version of `name`.
+
+        The model is loaded first: what does not load is not published. `half` halves the weights to float16; what a
+        batch norm counted stays as it is. Any number of publishers may do so at once.
+        """
+        check_name(name)
+        contents = read_model(source)
+        if half:
+            contents["model.safetensors"] = halved(contents["model.safetensors"])
+        with tempfile.TemporaryDirectory() as folder:
+            for file, data in contents.items():
+                (Path(folder) / file).write_bytes(data)
+            load_model(folder)
+        now = datetime.now(UTC)
+        version = Version(
+            name=name,
+            version=f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}",
+            published_at=now.isoformat(),
+            source=source,
+            files={file: {"sha256": sha256(data), "bytes": len(data)} for file, data in contents.items()},
+        )
+        for file, data in contents.items():
+            write_file(self._path(version, file), data)
+        values = {"format": FORMAT} | dataclasses.asdict(version)
+        write_file(self._path(version, MANIFEST), (json.dumps(values, indent=1) + "\n").encode())
+        return version
+
+    def names(self) -> list[str]:
+        """Of all models, sorted."""
+        folders = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted(
+            info.base_name
+            for info in folders
+            if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) and self.versions(info.base_name)
+        )
+
+    def versions(self, name: str) -> list[Version]:
+        """Oldest first; without what is still being written, or was left half-written."""
+        check_name(name)
+        found = self._files.get_file_info(fs.FileSelector(f"{self._root}/{name}", recursive=True, allow_not_found=True))
+        folders = [info.path.split("/")[-2] for info in found if info.base_name == MANIFEST]
+        versions = [self._manifest(name, folder) for folder in folders if NAME.fullmatch(folder)]
+        return sorted((version for version in versions if version), key=lambda one: (one.published_at, one.version))
+
+    def aliases(self, name: str) -> dict[str, Alias]:
+        check_name(name)
+        folder = f"{self._root}/{name}/{ALIASES}"
+        found = self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        names = sorted(info.base_name.removesuffix(".json") for info in found if info.base_name.endswith(".json"))
+        aliases = {alias: self._alias(name, alias) for alias in names if NAME.fullmatch(alias)}
+        return {alias: found for alias, found in aliases.items() if found}
+
+    def resolve(self, reference: str) -> Version:
+        """`NAME/VERSION` (its beginning or end will do), `NAME@ALIAS`, or `NAME`: its champion, else the newest.
+
+        ConfigError lists what there is when there is no such version.
+        """
+        match = re.fullmatch(r"([^/@]+)(?:/([^/@]+)|@([^/@]+))?", reference)
+        if not match:
+            raise ConfigError(f"{reference!r}: not a version; use NAME, NAME@ALIAS or NAME/VERSION")
+        name, wanted, alias = match.groups()
+        versions = self.versions(name)
+        if not versions:
+            known = ", ".join(self.names()) or "none"
+            raise ConfigError(f"{reference}: no published model of this name in {self.path}; there are: {known}")
+        aliases = self.aliases(name)
+        if alias and alias not in aliases:
+            known = ", ".join(aliases) or "none"
+            raise ConfigError(f"{reference}: {name} has no alias {alias}; there are: {known}")
+        if not wanted and (named := aliases.get(alias or CHAMPION)):
+            wanted = named.version
+        if not wanted:
+            return versions[-1]
+        matching = [one for one in versions if one.version == wanted] or [
+            one for one in versions if one.version.startswith(wanted) or one.version.endswith(wanted)
+        ]
+        if len(matching) != 1:
+            among = matching or versions
+            raise ConfigError(
+                f"{reference}: {'several versions match' if matching else 'no such version'}; "
+                f"{name} has {', '.join(one.version for one in among[-10:])}"
+            )
+        return matching[0]
+
+    @contextmanager
+    def open(self, version: Version) -> Iterator[Path]:
+        """A local folder with the version's files, each checked against its sum; ConfigError names a damaged one.
+
+        It is a copy, gone when the block ends: what was checked is what is read.
+        """
+        with tempfile.TemporaryDirectory(prefix="cifar-model-") as folder:
+            for file in version.files:
+                (Path(folder) / file).write_bytes(self.read(version, file))
+            yield Path(folder)
+
+    def read(self, version: Version, file: str) -> bytes:
+        """One file of a version, checked against its sum."""
+        expected, where = version.files[file], self._path(version, file)
+        data = read_file(where)
+        if data is None:
+            raise ConfigError(f"{where}: missing; publish the model again")
+        if len(data) != expected["bytes"] or sha256(data) != expected["sha256"]:
+            raise ConfigError(f"{where}: not what was published (its SHA-256 sum differs); publish the model again")
+        return data
+
+    def promote(self, version: Version, alias: str = CHAMPION) -> str | None:
+        """Let the alias name this version; returns the version that it named before."""
+        check_name(alias, "alias")
+        before = self._alias(version.name, alias)
+        if before and before.version == version.version:
+            return before.version
+        history = [*before.history, before.version] if before else []
+        self._write_alias(version.name, alias, version.version, history)
+        return before.version if before else None
+
+    def roll_back(self, name: str, alias: str = CHAMPION) -> Version:
+        """Let the alias name again what it named before, or before that where this is deleted."""
+        current = self.aliases(name).get(alias)
+        if not current:
+            raise ConfigError(f"{name}@{alias}: no such alias")
+        there = {version.version: version for version in self.versions(name)}
+        history = [version for version in current.history if version in there]
+        if not history:
+            raise ConfigError(f"{name}@{alias}: named no other version before that still exists")
+        self._write_alias(name, alias, history[-1], history[:-1])
+        return there[history[-1]]
+
+    def delete(self, version: Version) -> None:
+        """Remove the version for good; ConfigError while an alias names it."""
+        if named := self.named(version):
+            raise ConfigError(f"{version}: is {' and '.join(named)}; promote or roll back to another version first")
+        folder = f"{self._root}/{version.name}/{version.version}"
+        self._files.delete_file(f"{folder}/{MANIFEST}")
+        self._files.delete_dir(folder)
+
+    def describe(self, version: Version) -> dict[str, Any]:
+        """What the version's files say, each checked: `numbers` of its metrics and its report, `settings` by dotted
+        name, and what the manifest and the aliases know."""
+        contents = {file: self.read(version, file) for file in version.files}
+        described = json.loads(contents["config.json"])
+        metrics = json.loads(contents["metrics.json"])
+        report = json.loads(contents.get("report.json", b"{}"))
+        numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+        numbers |= {f"{report['split']}_{name}": report[name] for name in REPORTED if name in report}
+        return {
+            "version": str(version),
+            "aliases": self.named(version),
+            "published_at": version.published_at,
+            "source": version.source,
+            "bytes": sum(entry["bytes"] for entry in version.files.values()),
+            "classes": described["classes"],
+            "data": described["data"]["source"],
+            "numbers": numbers,
+            "settings": dict(_leaves(described["config"])),
+        }
+
+    def named(self, version: Version) -> list[str]:
+        """The aliases that name this version."""
+        return [alias for alias, found in self.aliases(version.name).items() if found.version == version.version]
+
+    def _path(self, version: Version, file: str) -> str:
+        return join(self.path, f"{version.name}/{version.version}/{file}")
+
+    def _manifest(self, name: str, version: str) -> Version | None:
+        """None for one that was deleted meanwhile."""
+        where = join(self.path, f"{name}/{version}/{MANIFEST}")
+        values = _object(where)
+        if values is None:
+            return None
+        if values.pop("format", None) != FORMAT:
+            raise ConfigError(f"{where}: published by another version of cifar")
+        try:
+            found = Version(**values)
+            sums = [(entry["sha256"], entry["bytes"]) for entry in found.files.values()]
+            whole = (found.name, found.version) == (name, version) and set(MODEL_FILES) <= found.files.keys()
+            known = found.files.keys() <= {*MODEL_FILES, *REPORT_FILES}  # no paths out of the folder
+            typed = all(type(sum_) is str and type(size) is int for sum_, size in sums)
+            if not (whole and known and typed and type(found.published_at) is str):
+                raise ValueError("its entries do not describe this version")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{where}: not a manifest ({error}); delete the folder") from error
+        return found
+
+    def _alias(self, name: str, alias: str) -> Alias | None:
+        where = join(self.path, f"{name}/{ALIASES}/{alias}.json")
+        values = _object(where)
+        if values is None:
+            return None
+        try:
+            found = Alias(**values)
+            if not all(type(version) is str for version in (found.version, *found.history)):
+                raise ValueError("versions are strings")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: not an alias ({error}); promote a version again") from error
+        return found
+
+    def _write_alias(self, name: str, alias: str, version: str, history: list[str]) -> None:
+        values = Alias(version=version, since=datetime.now(UTC).isoformat(), history=history)
+        text = json.dumps(dataclasses.asdict(values), indent=1) + "\n"
+        write_file(join(self.path, f"{name}/{ALIASES}/{alias}.json"), text.encode())
+
+
+def check_name(name: str, what: str = "name") -> None:
+    if not NAME.fullmatch(name) or (what == "name" and name == ALIASES):
+        raise ConfigError(f"{what} {name!r}: use letters, digits, dots, dashes and underscores")
+
+
+def read_model(source: str) -> dict[str, bytes]:
+    """The files of a run's or a model's folder or URI that a version holds; ConfigError if there is no model."""
+    contents = {}
+    base = join(source, "model") if read_file(join(source, "model/config.json")) is not None else source
+    for file in MODEL_FILES:
+        data = read_file(join(base, file))
+        if data is None:
+            raise ConfigError(f"{join(base, file)}: not found; name the folder of a run or of a model")
+        contents[file] = data
+    for file in REPORT_FILES:
+        if (data := read_file(join(source, file))) is not None:
+            contents[file] = data
+    return contents
+
+
+def read_file(path: str) -> bytes | None:
+    """None if there is none."""
+    files, where = filesystem(absolute(path))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), files.open_input_stream(where) as stream:
+        return stream.read()
+    return None
+
+
+def halved(weights: bytes) -> bytes:
+    """Safetensors with the float32 parameters as float16; buffers, such as running variances, may exceed its range."""
+    tensors = load(weights)
+    is_buffer = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|mean|std)$")
+    return save({name: value if is_buffer.search(name) else value.half() for name, value in tensors.items()})
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _object(path: str) -> dict[str, Any] | None:
+    data = read_file(path)
+    if data is None:
+        return None
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

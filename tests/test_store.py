@@ -1,0 +1,223 @@
+"""Store: versions are whole or absent, aliases move at once, and nothing that was tampered with is opened."""
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.model_dir import ModelInfo, load_model, save_model
+from cifar.models import build_model
+from cifar.predictor import Predictor
+from cifar.store import MANIFEST, Store, halved
+from jobs import models
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: a model and a report."""
+    folder = tmp_path_factory.mktemp("runs") / "r"
+    torch.manual_seed(0)
+    config = Config(data=DataConfig(image_size=16), model=ModelConfig(widths=(8, 8)))
+    mean, std = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
+    model = build_model(config, 3, mean, std)
+    info = ModelInfo(config=config, classes=("a", "b", "c"), mean=mean, std=std, fingerprint="f", source="digits")
+    save_model(folder / "model", model, info, {"val_accuracy": 0.5})
+    (folder / "report.json").write_text(json.dumps({"split": "test", "accuracy": 0.25, "count": 8}))
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def folder_of(store: Store, version: object) -> Path:
+    return Path(store.path) / str(version)
+
+
+def test_a_published_model_answers_as_the_run_did(store: Store, run: Path) -> None:
+    version = store.publish(str(run), "digits")
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    with store.open(version) as folder:
+        found = Predictor(folder, "cpu").predict(images)
+        assert json.loads((folder / "report.json").read_text())["accuracy"] == 0.25
+    np.testing.assert_array_equal(found, Predictor(run / "model", "cpu").predict(images))
+    assert not folder.exists()
+
+
+def test_in_half_precision_it_takes_half_of_the_space_and_counts_as_exactly(store: Store, run: Path) -> None:
+    whole, half = store.publish(str(run), "digits"), store.publish(str(run / "model"), "digits", half=True)
+    assert half.files["model.safetensors"]["bytes"] < 0.6 * whole.files["model.safetensors"]["bytes"]
+    with store.open(half) as folder:
+        found = load_model(folder).model.state_dict()
+    for name, value in load_model(run / "model").model.state_dict().items():
+        assert found[name].dtype == value.dtype
+        exact = "running" in name or "normalize" in name or "num_batches" in name
+        torch.testing.assert_close(found[name], value if exact else value.half().float(), rtol=0, atol=0)
+
+
+def test_a_reference_is_a_name_an_alias_or_a_part_of_a_version(store: Store, run: Path) -> None:
+    first, second = (store.publish(str(run), "digits") for _ in range(2))
+    assert store.versions("digits") == [first, second]
+    assert store.resolve("digits") == second
+    store.promote(first)
+    assert store.resolve("digits") == store.resolve("digits@champion") == first
+    assert store.resolve(str(second)) == second
+    assert store.resolve(f"digits/{second.version[-6:]}") == second
+    for wrong, message in (
+        ("flowers", "there are: digits"),
+        ("digits@canary", "no alias canary; there are: champion"),
+        ("digits/2", "several versions match"),
+        ("digits/nothing", first.version),
+        ("digits@", "NAME@ALIAS"),
+        ("../digits", "not a version|use letters"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            store.resolve(wrong)
+
+
+def test_publishers_at_the_same_moment_all_succeed(store: Store, run: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(lambda _: store.publish(str(run), "digits"), range(16)))
+    assert len({version.version for version in versions}) == 16
+    assert set(map(str, store.versions("digits"))) == set(map(str, versions))
+
+
+def test_what_is_not_whole_is_not_there(store: Store, run: Path) -> None:
+    version = store.publish(str(run), "digits")
+    (folder_of(store, version) / MANIFEST).unlink()
+    assert store.versions("digits") == store.names() == []
+    with pytest.raises(ConfigError, match="no published model"):
+        store.resolve("digits")
+
+
+def test_a_model_that_does_not_load_is_not_published(store: Store, run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    weights = broken / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not the weights"):
+        store.publish(str(broken), "digits")
+    with pytest.raises(ConfigError, match="name the folder of a run or of a model"):
+        store.publish(str(tmp_path), "digits")
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "report.json"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "not what was published"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not what was published"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+    ids=["changed", "cut", "gone"],
+)
+def test_damage_is_noticed_before_anything_is_read(
+    store: Store, run: Path, file: str, damage: Callable[[Path], object], message: str
+) -> None:
+    version = store.publish(str(run), "digits")
+    damage(folder_of(store, version) / file)
+    with pytest.raises(ConfigError, match=f"{file}.*{message}"), store.open(version):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["files"].update({"../../x": {"sha256": "0", "bytes": 0}}),
+        lambda values: values["files"].pop("config.json"),
+        lambda values: values.update(version="other"),
+        lambda values: values.update(files=[]),
+        lambda values: values.update(more=1),
+        lambda values: values["files"]["config.json"].update(bytes="9"),
+    ],
+)
+def test_a_strangers_manifest_is_refused(store: Store, run: Path, change: Callable[[dict], object]) -> None:
+    version = store.publish(str(run), "digits")
+    path = folder_of(store, version) / MANIFEST
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"manifest\.json: not a manifest"):
+        store.versions("digits")
+
+
+def test_roll_back_returns_through_what_still_exists(store: Store, run: Path) -> None:
+    first, second, third = (store.publish(str(run), "digits") for _ in range(3))
+    for version in (first, second, third):
+        store.promote(version)
+    store.promote(third)  # again: nothing to return to twice
+    store.delete(second)
+    assert store.roll_back("digits") == first
+    assert store.resolve("digits@champion") == first
+    with pytest.raises(ConfigError, match="named no other version"):
+        store.roll_back("digits")
+
+
+def test_a_version_in_use_is_not_deleted(store: Store, run: Path) -> None:
+    first, second = (store.publish(str(run), "digits") for _ in range(2))
+    store.promote(first, "canary")
+    with pytest.raises(ConfigError, match="is canary"):
+        store.delete(first)
+    store.promote(second, "canary")
+    store.delete(first)
+    assert store.versions("digits") == [second]
+    assert not folder_of(store, first).exists()
+
+
+def test_the_alias_is_whole_at_every_moment(store: Store, run: Path) -> None:
+    """One thread moves it to and fro, another reads it."""
+    pair = [store.publish(str(run), "digits") for _ in range(2)]
+    store.promote(pair[0])
+    with ThreadPoolExecutor(1) as pool:
+        moving = pool.submit(lambda: [store.promote(pair[number % 2]) for number in range(200)])
+        while not moving.done():
+            assert store.resolve("digits@champion") in pair
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "aliases"])
+def test_a_name_that_would_leave_its_folder_is_refused(store: Store, run: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="use letters"):
+        store.publish(str(run), name)
+
+
+def test_halved_weights_that_would_overflow_stay_whole() -> None:
+    from safetensors.torch import load, save
+
+    found = load(halved(save({"norm.running_var": torch.tensor([1e6]), "conv.weight": torch.tensor([0.5])})))
+    assert found["norm.running_var"].item() == 1e6
+    assert found["conv.weight"].dtype == torch.float16
+
+
+def test_the_job_publishes_shows_compares_promotes_and_deletes(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(*argv: str) -> str:
+        assert models.main([*argv, "--store", str(tmp_path / "s")]) == 0
+        return capsys.readouterr().out
+
+    def published(text: str) -> str:
+        return text.split()[1].rstrip(",")
+
+    assert "publish one" in job("list")
+    first = published(job("publish", str(run), "--name", "digits", "--promote", "champion"))
+    second = published(job("publish", str(run / "model"), "--name", "digits"))
+    assert job("list").splitlines() == [
+        f"{first}  val_accuracy 0.5000  test_accuracy 0.2500  @champion",
+        f"{second}  val_accuracy 0.5000",
+    ]
+    assert "test_accuracy: 0.25" in job("show", "digits")
+    assert "test_accuracy: 0.25 | None" in job("compare", "digits", second)
+    job("promote", second)
+    assert f"{second}" in job("show", "digits")
+    job("roll-back", "digits")
+    assert job("delete", second).strip() == f"deleted: {second}"
+    assert models.main(["delete", first, "--store", str(tmp_path / "s")]) == 2
+    assert "is champion" in capsys.readouterr().err
