@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from cifar.config import Config, ConfigError
-from cifar.data.prepared import Prepared, filesystem, join, write_file
+from cifar.data.prepared import Prepared, filesystem, join, read_file, write_file
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
@@ -79,12 +79,8 @@ class RunDir:
 
     def read_text(self, name: str) -> str | None:
         """Text of a file of the folder; None if there is none."""
-        files, path = filesystem(join(self.path, name))
-        try:
-            with files.open_input_stream(path) as stream:
-                return stream.read().decode()
-        except FileNotFoundError:
-            return None
+        data = read_file(join(self.path, name))
+        return None if data is None else data.decode()
 
 
 @contextmanager

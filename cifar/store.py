@@ -5,7 +5,6 @@ moment its manifest does, which is written last and holds the SHA-256 sum of eve
 version is opened. An alias is one small file, so that moving it is atomic.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +22,7 @@ from pyarrow import fs
 from safetensors.torch import load, save
 
 from cifar.config import ConfigError
-from cifar.data.prepared import absolute, filesystem, join, write_file
+from cifar.data.prepared import absolute, filesystem, join, read_file, write_file
 from cifar.model_dir import load_model
 
 FORMAT = 1
@@ -77,12 +76,13 @@ class Store:
         """
         check_name(name)
         contents = read_model(source)
-        if half:
-            contents["model.safetensors"] = halved(contents["model.safetensors"])
         with tempfile.TemporaryDirectory() as folder:
             for file, data in contents.items():
                 (Path(folder) / file).write_bytes(data)
-            load_model(folder)
+            model = load_model(folder).model
+        if half:
+            parameters = {parameter for parameter, _ in model.named_parameters()}
+            contents["model.safetensors"] = halved(contents["model.safetensors"], parameters)
         now = datetime.now(UTC)
         version = Version(
             name=name,
@@ -122,8 +122,8 @@ class Store:
         aliases = {alias: self._alias(name, alias) for alias in names if NAME.fullmatch(alias)}
         return {alias: found for alias, found in aliases.items() if found}
 
-    def resolve(self, reference: str) -> Version:
-        """`NAME/VERSION` (its beginning or end will do), `NAME@ALIAS`, or `NAME`: its champion, else the newest.
+    def resolve(self, reference: str, bare: str = CHAMPION) -> Version:
+        """`NAME/VERSION` (its beginning or end will do), `NAME@ALIAS`, or `NAME`: its alias `bare`, else the newest.
 
         ConfigError lists what there is when there is no such version.
         """
@@ -139,7 +139,7 @@ class Store:
         if alias and alias not in aliases:
             known = ", ".join(aliases) or "none"
             raise ConfigError(f"{reference}: {name} has no alias {alias}; there are: {known}")
-        if not wanted and (named := aliases.get(alias or CHAMPION)):
+        if not wanted and (named := aliases.get(alias or bare)):
             wanted = named.version
         if not wanted:
             return versions[-1]
@@ -292,19 +292,9 @@ def read_model(source: str) -> dict[str, bytes]:
     return contents
 
 
-def read_file(path: str) -> bytes | None:
-    """None if there is none."""
-    files, where = filesystem(absolute(path))
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), files.open_input_stream(where) as stream:
-        return stream.read()
-    return None
-
-
-def halved(weights: bytes) -> bytes:
-    """Safetensors with the float32 parameters as float16; buffers, such as running variances, may exceed its range."""
-    tensors = load(weights)
-    is_buffer = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|mean|std)$")
-    return save({name: value if is_buffer.search(name) else value.half() for name, value in tensors.items()})
+def halved(weights: bytes, parameters: set[str]) -> bytes:
+    """Safetensors with the `parameters` as float16; running variances and the like may exceed its range."""
+    return save({name: value.half() if name in parameters else value for name, value in load(weights).items()})
 
 
 def sha256(data: bytes) -> str:

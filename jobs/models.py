@@ -8,6 +8,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from cifar.cli import run_job
+from cifar.config import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +85,13 @@ Flags = Publish | List | Show | Compare | Promote | RollBack | Delete
 def models(flags: Flags) -> dict[str, Any]:
     """Publish, list, show, compare, promote, roll back and delete models."""
     # Not above: --help needs no torch.
-    from cifar.store import Store
+    from cifar.store import Store, check_name
 
     store = Store(flags.store)
     match flags:
         case Publish():
+            if flags.promote:
+                check_name(flags.promote, "alias")  # before anything is published
             version = store.publish(flags.source, flags.name, flags.half)
             if flags.promote:
                 store.promote(version, flags.promote)
@@ -116,7 +119,7 @@ def models(flags: Flags) -> dict[str, Any]:
                     print(f"{name}: {left.get(name)} | {right.get(name)}")
             return {"first": first, "second": second}
         case Promote():
-            version = store.resolve(flags.version)
+            version = store.resolve(flags.version, bare="")
             before = store.promote(version, flags.alias)
             print(f"{version.name}@{flags.alias}: {version.version}, before {before or 'none'}")
             return {"version": str(version), "alias": flags.alias, "before": before}
@@ -125,6 +128,8 @@ def models(flags: Flags) -> dict[str, Any]:
             print(f"{flags.name}@{flags.alias}: {version.version} again")
             return {"version": str(version), "alias": flags.alias}
         case Delete():
+            if "/" not in flags.version:
+                raise ConfigError(f"delete {flags.version}: which version? name it as NAME/VERSION")
             version = store.resolve(flags.version)
             store.delete(version)
             print(f"deleted: {version}")

@@ -191,7 +191,9 @@ def test_a_name_that_would_leave_its_folder_is_refused(store: Store, run: Path, 
 def test_halved_weights_that_would_overflow_stay_whole() -> None:
     from safetensors.torch import load, save
 
-    found = load(halved(save({"norm.running_var": torch.tensor([1e6]), "conv.weight": torch.tensor([0.5])})))
+    found = load(
+        halved(save({"norm.running_var": torch.tensor([1e6]), "conv.weight": torch.tensor([0.5])}), {"conv.weight"})
+    )
     assert found["norm.running_var"].item() == 1e6
     assert found["conv.weight"].dtype == torch.float16
 
@@ -215,9 +217,16 @@ def test_the_job_publishes_shows_compares_promotes_and_deletes(
     ]
     assert "test_accuracy: 0.25" in job("show", "digits")
     assert "test_accuracy: 0.25 | None" in job("compare", "digits", second)
-    job("promote", second)
-    assert f"{second}" in job("show", "digits")
+    job("promote", "digits")  # the newest
+    assert f"version: {second}" in job("show", "digits")
     job("roll-back", "digits")
+    assert f"version: {first}" in job("show", "digits")
+    assert models.main(["delete", "digits", "--store", str(tmp_path / "s")]) == 2
+    assert "NAME/VERSION" in capsys.readouterr().err
+    source = ["publish", str(run), "--name", "digits"]
+    assert models.main([*source, "--promote", "a b", "--store", str(tmp_path / "s")]) == 2
+    assert "alias 'a b'" in capsys.readouterr().err
+    assert len(job("list").splitlines()) == 2
     assert job("delete", second).strip() == f"deleted: {second}"
     assert models.main(["delete", first, "--store", str(tmp_path / "s")]) == 2
     assert "is champion" in capsys.readouterr().err

@@ -31,6 +31,7 @@ from cifar.data.prepared import (
     RowRange,
     filesystem,
     join,
+    read_file,
     write_file,
 )
 from cifar.data.rows import Rows, plan_chunks, read_rows
@@ -70,7 +71,7 @@ def prepare(config: DataConfig, start_ray: Callable[[], object] = lambda: None) 
 def _cached_or_made(source: Source, config: DataConfig, start_ray: Callable[[], object]) -> Prepared:
     # What is known of a listing spares reading the files again to fingerprint their content.
     listing = join(cache_folder(), f"known/{_key(listing_key(source), source, config)}")
-    known = _read_text(listing)
+    known = (read_file(listing) or b"").decode()
     prepared = _load(_set_path(known)) if known else None
     if prepared is None:
         fingerprint = _key(content_key(source), source, config)
@@ -83,15 +84,6 @@ def _key(content: str, source: Source, config: DataConfig) -> str:
     """The fields of DataConfig that shape rows; not max_bad, which only decides whether they are accepted."""
     shape = config.image_size, config.resize, config.val_fraction, config.test_fraction, config.split_seed
     return hashlib.blake2b(repr((content, source.single, shape, FORMAT_VERSION)).encode(), digest_size=16).hexdigest()
-
-
-def _read_text(path: str) -> str | None:
-    files, root = filesystem(path)
-    try:
-        with files.open_input_stream(root) as stream:
-            return stream.read().decode()
-    except FileNotFoundError:
-        return None
 
 
 def _set_path(fingerprint: str) -> str:

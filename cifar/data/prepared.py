@@ -235,6 +235,16 @@ def exists(path: str) -> bool:
     return files.get_file_info(root).type != fs.FileType.NotFound
 
 
+def read_file(path: str) -> bytes | None:
+    """A small file; None if there is none."""
+    files, source = filesystem(path)
+    try:
+        with files.open_input_stream(source) as stream:
+            return stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def write_file(path: str, data: bytes) -> None:
     """Write a small file so that no reader sees half of it."""
     files, target = filesystem(path)
