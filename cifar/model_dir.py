@@ -80,7 +80,7 @@ def load_model(folder: str | Path) -> LoadedModel:
     path, weights = folder / "config.json", folder / "model.safetensors"
     description = _read_json(path)
     if description.get("format") != FORMAT:
-        raise ConfigError(f"{path}: format {description.get('format')!r}, this cifar reads {FORMAT}")
+        raise ConfigError(f"{path}: format {description.get('format')!r}, this cifar reads {FORMAT}; train it again")
     try:
         info = _info(description)
     except Exception as error:  # a stranger's values can be of any type and size

@@ -206,9 +206,9 @@ class Store:
         self._files.delete_dir(folder)
 
     def describe(self, version: Version) -> dict[str, Any]:
-        """What the version's files say, each checked: `numbers` of its metrics and its report, `settings` by dotted
-        name, and what the manifest and the aliases know."""
-        contents = {file: self.read(version, file) for file in version.files}
+        """What the version's small files say, each checked: `numbers` of its metrics and its report, `settings` by
+        dotted name, and what the manifest and the aliases know."""
+        contents = {file: self.read(version, file) for file in version.files if file.endswith(".json")}
         described = json.loads(contents["config.json"])
         metrics = json.loads(contents["metrics.json"])
         report = json.loads(contents.get("report.json", b"{}"))

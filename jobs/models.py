@@ -98,16 +98,24 @@ def models(flags: Flags) -> dict[str, Any]:
             print(f"published: {version}" + (f", as {flags.name}@{flags.promote}" if flags.promote else ""))
             return {"version": str(version), "alias": flags.promote}
         case List():
-            found = [store.describe(version) for name in store.names() for version in store.versions(name)]
-            for model in found:
+            found, versions = [], [version for name in store.names() for version in store.versions(name)]
+            for version in versions:
+                try:
+                    model = store.describe(version)
+                except ConfigError as error:  # the others are there all the same
+                    print(f"{version}  damaged: {error}")
+                    continue
+                found.append(model)
                 accuracies = {name: value for name, value in model["numbers"].items() if name.endswith("_accuracy")}
                 numbers = "".join(f"  {name} {value:.4f}" for name, value in accuracies.items())
                 print(model["version"] + numbers + "".join(f"  @{alias}" for alias in model["aliases"]))
-            if not found:
+            if not versions:
                 print(f"no models in {store.path}; publish one: python jobs/models.py publish runs/NAME --name NAME")
             return {"models": found}
         case Show():
-            found = store.describe(store.resolve(flags.version))
+            version = store.resolve(flags.version)
+            with store.open(version):  # checks the weights too
+                found = store.describe(version)
             for name, value in _flat(found).items():
                 print(f"{name}: {value}")
             return found
@@ -139,6 +147,7 @@ def models(flags: Flags) -> dict[str, Any]:
 def _flat(found: dict[str, Any]) -> dict[str, Any]:
     """What `describe` gives, as lines."""
     plain = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    plain |= {name: ", ".join(plain[name]) for name in ("aliases", "classes")}
     return {**plain, **found["numbers"], **found["settings"]}
 
 

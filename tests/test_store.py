@@ -217,6 +217,10 @@ def test_the_job_publishes_shows_compares_promotes_and_deletes(
     ]
     assert "test_accuracy: 0.25" in job("show", "digits")
     assert "test_accuracy: 0.25 | None" in job("compare", "digits", second)
+    damaged = tmp_path / "s" / published(job("publish", str(run), "--name", "digits")) / "metrics.json"
+    damaged.write_text("{}")
+    assert [line.split()[1] for line in job("list").splitlines()] == ["val_accuracy", "val_accuracy", "damaged:"]
+    job("delete", damaged.parent.relative_to(tmp_path / "s").as_posix())
     job("promote", "digits")  # the newest
     assert f"version: {second}" in job("show", "digits")
     job("roll-back", "digits")
