@@ -352,7 +352,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Inverse of `to_dict`; an unknown or missing key is a ConfigError."""
+        """Inverse of `to_dict`; an unknown key is a ConfigError.
+
+        A key that is missing was no setting yet when the config was written: it gets its default, which is why a new
+        setting's default has to mean what was done before.
+        """
         return _build(cls, values, "config")
 
 
@@ -360,9 +364,10 @@ def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected an object, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
-    if values.keys() != hints.keys():
-        odd = ", ".join(sorted(values.keys() ^ hints.keys()))
-        raise ConfigError(f"{where}: written by another version of cifar, keys that differ: {odd}")
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise ConfigError(
+            f"{where}: written by a newer version of cifar, which knows {', '.join(unknown)}; update cifar"
+        )
     return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 

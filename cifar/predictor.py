@@ -1,6 +1,7 @@
 """uint8 images to probabilities: the one way from a model folder to an answer. No Ray: it runs where torch runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifar.config import ConfigError, Precision, TestTimeAugmentation
+from cifar.data.decode import decode, fit_square
 from cifar.loop import autocast
 from cifar.machine import keep_freed_memory
 from cifar.model_dir import LoadedModel, load_model
@@ -24,7 +26,22 @@ CLOSE = 0.05
 """Margin below which an answer in bfloat16 is computed anew in float32. On CIFAR-10's val (n=12,500, five networks of
 recipe `fast`) the two types chose another label for six images, all with margins below 0.005; 2 % are below this."""
 
+TOP_K = 5
+"""Classes that an answer names by default."""
+
 Images: TypeAlias = NDArray[np.uint8] | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What is said of one image."""
+
+    label: str
+    probability: float
+    top_k: list[tuple[str, float]]
+    """The likeliest classes and their probabilities, likeliest first."""
+    abstained: bool
+    """The probability is below the threshold that was asked for: better let a person look."""
 
 
 class Predictor:
@@ -63,9 +80,38 @@ class Predictor:
     def image_size(self) -> int:
         return self.info.config.data.image_size
 
-    def predict(self, images: Images) -> NDArray[np.float32]:
-        """Probabilities float32 (N,C) of uint8 images: an array (N,S,S,3), or a tensor (N,3,S,S) on any device."""
+    def predict(self, images: Images | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Probabilities float32 (N,C) of uint8 images: an array (N,H,W,3), a sequence of arrays (H,W,3), or a tensor
+        (N,3,S,S) on any device. Arrays of other sizes than the model's are resized as its training images were."""
+        if not isinstance(images, Tensor):
+            images = self.fit(images)
         return self._forward(images, softmax=True)
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """The pixels (S,S,3) that the model takes of an encoded image; BadImage with the reason if there are none."""
+        return decode(data, self.image_size, self.info.config.data.resize)
+
+    def fit(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Images (H,W,3) of any size as one array (N,S,S,3) of the model's; ValueError for other shapes and types."""
+        size = self.image_size
+        if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+            return images
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"images must be uint8 (H, W, 3), not {image.dtype} {tuple(image.shape)}")
+        resize = self.info.config.data.resize
+        fitted = [fit_square(np.ascontiguousarray(image), size, resize) for image in images]
+        return np.stack(fitted) if fitted else np.empty((0, size, size, 3), np.uint8)
+
+    def answers(self, probabilities: NDArray[np.float32], top_k: int = TOP_K, threshold: float = 0.0) -> list[Answer]:
+        """What `predict` gave, (N,C), in words: the `top_k` likeliest classes, and an abstention below `threshold`."""
+        places = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k, 1)]
+        answers = []
+        for row, order in zip(probabilities, places.tolist(), strict=True):
+            named = [(self.classes[place], float(row[place])) for place in order]
+            label, probability = named[0]
+            answers.append(Answer(label=label, probability=probability, top_k=named, abstained=probability < threshold))
+        return answers
 
     def logits(self, images: Images) -> NDArray[np.float32]:
         """Logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""

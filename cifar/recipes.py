@@ -107,6 +107,20 @@ def record95() -> Config:
     )
 
 
+def record96() -> Config:
+    """As `record95`, a little longer, with larger images and the rate that `record94` chose on val.
+
+    Its whole run is still to be measured.
+    """
+    return Config(
+        data=DataConfig(val_fraction=0.02),
+        augment=AugmentConfig(crop_padding=4, cutout=12),
+        model=ModelConfig(widths=(128, 384, 512), depths=(3,), tta="shift"),
+        optim=OptimConfig(lr=0.2, label_smoothing=0.1),
+        train=TrainConfig(epochs=60, skip_easy=0.5, scales=_scales(*14 * [20], *18 * [24], *16 * [28], *12 * [32])),
+    )
+
+
 def notebook() -> Config:
     """The notebooks' own network and recipe: Adam, augmentation, batch 64, 100 epochs, 80/20 split.
 
@@ -126,6 +140,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "fast": fast,
     "record94": record94,
     "record95": record95,
+    "record96": record96,
     "notebook": notebook,
 }
 

@@ -22,8 +22,9 @@ from pyarrow import fs
 from safetensors.torch import load, save
 
 from cifar.config import ConfigError
-from cifar.data.prepared import absolute, filesystem, join, read_file, write_file
+from cifar.data.prepared import absolute, exists, filesystem, join, read_file, write_file
 from cifar.model_dir import load_model
+from cifar.run_dir import local_model
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,6 +33,8 @@ CHAMPION = "champion"
 MODEL_FILES = ("config.json", "model.safetensors", "metrics.json", "README.md")
 REPORT_FILES = ("report.json", "report.html")
 REPORTED = ("accuracy", "count", "loss", "macro_f1", "ece")
+BOX = Path(__file__).parent / "box"
+"""The store that comes with the package, with one model: what answers when none is named."""
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]*", re.ASCII)
 
 
@@ -270,6 +273,51 @@ class Store:
         values = Alias(version=version, since=datetime.now(UTC).isoformat(), history=history)
         text = json.dumps(dataclasses.asdict(values), indent=1) + "\n"
         write_file(join(self.path, f"{name}/{ALIASES}/{alias}.json"), text.encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """What a `--model` means."""
+
+    folder: Path
+    """The model's files, on this machine."""
+    name: str
+    version: str
+    """`NAME/VERSION` for a published one, else its folder or URI."""
+
+
+@contextmanager
+def find_model(reference: str, store: str) -> Iterator[FoundModel]:
+    """The model that `--model` names, for as long as the block runs.
+
+    It is the folder or URI of a run or a model, or a version in the store (NAME, NAME@ALIAS, NAME/VERSION); without a
+    reference, the model in the box. ConfigError says what there is when there is no such model.
+    """
+    if path := model_path(reference):
+        with local_model(path) as folder:
+            yield FoundModel(folder=folder, name=_name_of(reference), version=absolute(path))
+        return
+    where = Store(store if reference else str(BOX))
+    try:
+        version = where.resolve(reference or where.names()[0])
+    except ConfigError as error:
+        raise ConfigError(f"--model {reference}: no folder of a run or a model, and not in --store: {error}") from error
+    with where.open(version) as folder:
+        yield FoundModel(folder=folder, name=version.name, version=str(version))
+
+
+def model_path(reference: str) -> str | None:
+    """The model's folder or URI if the reference is one, or is the run's around it."""
+    for path in (join(reference, "model"), reference) if reference else ():
+        if exists(join(path, "config.json")) and exists(join(path, "model.safetensors")):
+            return path
+    return None
+
+
+def _name_of(path: str) -> str:
+    """A name for a model that was never published: its run's."""
+    parts = [part for part in absolute(path).partition("?")[0].split("/") if part and part != "model"]
+    return re.sub(r"[^\w.\-]", "-", parts[-1], flags=re.ASCII).lstrip("-._") or "model"
 
 
 def check_name(name: str, what: str = "name") -> None:

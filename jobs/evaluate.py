@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, Literal
 
 from cifar.cli import command_line, run_job
-from cifar.config import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    model: str
-    """Model folder or URI, or the run's around it; the report shows the learning curves of a run."""
+    model: str = ""
+    """Folder or URI of a run or a model, or a published NAME, NAME@ALIAS or NAME/VERSION; empty: the one in the box."""
+    store: str = "./models"
+    """Folder or URI of the published models."""
     data: str = ""
     """Data set, as in jobs/train.py; empty: the one that the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
@@ -27,18 +28,17 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
-    from cifar.data.prepared import exists, join, parent
+    from cifar.data.prepared import join, parent
     from cifar.evaluate import evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import read_history, write_report
-    from cifar.run_dir import local_model, writable
+    from cifar.run_dir import writable
+    from cifar.store import find_model, model_path
 
-    model = join(flags.model, "model") if exists(join(flags.model, "model/config.json")) else flags.model
-    if not exists(join(model, "config.json")):
-        raise ConfigError(f"--model {flags.model}: no model there; name the folder of a run or of a model")
-    with local_model(model) as folder:
-        predictor = Predictor(folder)
-    history = read_history(join(parent(model), "metrics.jsonl"))
+    with find_model(flags.model, flags.store) as found:
+        predictor = Predictor(found.folder)
+    path = model_path(flags.model)
+    history = read_history(join(parent(path), "metrics.jsonl")) if path else []
     config = replace(predictor.info.config.data, data=flags.data or predictor.info.source)
     prepared = prepare(config, partial(start_ray, verbose=False))
     evaluation = evaluate(predictor, prepared, flags.split)

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import CLOSE, Predictor, find_device
+from tests.images import encode
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
 
@@ -150,16 +152,15 @@ def test_a_folder_gives_what_the_model_in_memory_gives(tmp_path: Path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        images(2, 8),
         images(2).astype(np.float32),
         images(2).transpose(0, 3, 1, 2),
         torch.from_numpy(images(2)),
         images(2)[0],
     ],
-    ids=["size", "float", "planes first", "tensor with channels last", "one image"],
+    ids=["float", "planes first", "tensor with channels last", "one image"],
 )
 def test_images_of_another_shape_or_type_are_refused_with_the_shape_wanted(wrong):
-    with pytest.raises(ValueError, match=r"uint8 \(N, (16, 16, 3|3, 16, 16)\)"):
+    with pytest.raises(ValueError, match=r"uint8 \((H, W, 3|N, 3, 16, 16)\)"):
         exact(loaded_model()).predict(wrong)
 
 
@@ -167,3 +168,28 @@ def test_an_unknown_device_is_one_line_that_names_the_flag():
     with pytest.raises(ConfigError, match="--device nonsense") as caught:
         find_device("nonsense")
     assert "\n" not in str(caught.value)
+
+
+def test_images_of_any_size_are_fitted_as_training_images_were() -> None:
+    """The way of a file: decode. Pixels that were decoded elsewhere take the same way from there on."""
+    predictor = exact(loaded_model())
+    rng = np.random.default_rng(1)
+    shapes = [(16, 16, 3), (40, 24, 3), (9, 200, 3)]
+    pictures = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+    files = [encode(Image.fromarray(picture)) for picture in pictures]
+    decoded = np.stack([predictor.decode(data) for data in files])
+    np.testing.assert_array_equal(predictor.fit(pictures), decoded)
+    np.testing.assert_array_equal(predictor.predict(pictures), predictor.predict(decoded))
+    np.testing.assert_array_equal(predictor.predict(np.stack([pictures[1]] * 2))[1], predictor.predict(decoded)[1])
+    with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\), not float64"):
+        predictor.predict([np.zeros((4, 4, 3))])  # pyright: ignore[reportArgumentType]
+
+
+def test_answers_name_the_likeliest_classes_and_abstain_below_the_threshold() -> None:
+    predictor = exact(loaded_model())
+    probabilities = np.array([[0.1, 0.6, 0.1, 0.2], [0.4, 0.3, 0.2, 0.1]], np.float32)
+    sure, unsure = predictor.answers(probabilities, top_k=2, threshold=0.5)
+    assert (sure.label, sure.abstained, unsure.label, unsure.abstained) == ("b", False, "a", True)
+    assert [name for name, _ in sure.top_k] == ["b", "d"]
+    assert sure.probability == pytest.approx(0.6)
+    assert len(predictor.answers(probabilities, top_k=9)[0].top_k) == 4

@@ -14,7 +14,7 @@ from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.model_dir import ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
-from cifar.store import MANIFEST, Store, halved
+from cifar.store import MANIFEST, Store, find_model, halved
 from jobs import models
 
 
@@ -234,3 +234,20 @@ def test_the_job_publishes_shows_compares_promotes_and_deletes(
     assert job("delete", second).strip() == f"deleted: {second}"
     assert models.main(["delete", first, "--store", str(tmp_path / "s")]) == 2
     assert "is champion" in capsys.readouterr().err
+
+
+def test_a_model_is_found_by_folder_and_by_published_name(store: Store, run: Path) -> None:
+    version = store.publish(str(run), "digits")
+    for reference in (str(run), str(run / "model")):
+        with find_model(reference, store.path) as found:
+            assert (found.name, found.version) == ("r", str(run / "model"))
+            load_model(found.folder)
+    for reference in ("digits", str(version)):
+        with find_model(reference, store.path) as found:
+            assert (found.name, found.version) == ("digits", str(version))
+            load_model(found.folder)
+    with (
+        pytest.raises(ConfigError, match=r"--model flowers: no folder of a run or a model.*there are: digits"),
+        find_model("flowers", store.path),
+    ):
+        pass

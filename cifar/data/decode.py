@@ -66,6 +66,11 @@ def decode(data: bytes, image_size: int, resize: Resize) -> np.ndarray:
     )
 
 
+def fit_square(pixels: np.ndarray, image_size: int, resize: Resize) -> np.ndarray:
+    """uint8 (S,S,3) of decoded RGB pixels, uint8 (H,W,3), resized as `decode` does."""
+    return np.asarray(_to_square(Image.fromarray(pixels, "RGB"), image_size, resize))
+
+
 def decode_row(data: bytes, image_size: int, resize: Resize) -> Decoded:
     """`decode` with what the data report says about the original."""
     image = _open(data)
