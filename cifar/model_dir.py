@@ -50,6 +50,8 @@ class LoadedModel:
 
 def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[str, Any]) -> None:
     """Write the folder whole: a reader sees all of it or none. An older folder of that name is replaced."""
+    config = info.config.to_dict()
+    del config["run"]  # where a run was kept is not the model's business, and nobody's to whom it goes
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     description = {
@@ -60,7 +62,7 @@ def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[s
         "normalisation": {"mean": list(info.mean), "std": list(info.std)},
         "data": {"source": info.source, "fingerprint": info.fingerprint},
         "versions": {"cifar": cifar.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "config": info.config.to_dict(),
+        "config": config,
     }
     (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

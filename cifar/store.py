@@ -8,6 +8,7 @@ version is opened. An alias is one small file, so that moving it is atomic.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import secrets
 import tempfile
@@ -86,6 +87,7 @@ class Store:
         if half:
             parameters = {parameter for parameter, _ in model.named_parameters()}
             contents["model.safetensors"] = halved(contents["model.safetensors"], parameters)
+        contents["README.md"] = card(contents, half)
         now = datetime.now(UTC)
         version = Version(
             name=name,
@@ -199,6 +201,12 @@ class Store:
             raise ConfigError(f"{name}@{alias}: named no other version before that still exists")
         self._write_alias(name, alias, history[-1], history[:-1])
         return there[history[-1]]
+
+    def withdraw(self, name: str, version: str, alias: str) -> None:
+        """Remove an alias while it names this version; of another it is left alone."""
+        found = self.aliases(name).get(alias)
+        if found and found.version == version:
+            self._files.delete_file(f"{self._root}/{name}/{ALIASES}/{alias}.json")
 
     def delete(self, version: Version) -> None:
         """Remove the version for good; ConfigError while an alias names it."""
@@ -338,6 +346,22 @@ def read_model(source: str) -> dict[str, bytes]:
         if (data := read_file(join(source, file))) is not None:
             contents[file] = data
     return contents
+
+
+def card(contents: dict[str, bytes], half: bool) -> bytes:
+    """The model's card with what the report and the publication add."""
+    text = contents["README.md"].decode()
+    if "report.json" in contents:
+        report = json.loads(contents["report.json"])
+        low, high = report.get("accuracy_ci95", (math.nan, math.nan))
+        text += f"\nAccuracy on {report['split']}: {report['accuracy']:.4f} ({low:.4f} to {high:.4f})"
+        text += f" of {report['count']:,} images.\n"
+        for name in ("command", "machine"):
+            if report.get(name):
+                text += f"\n{name.capitalize()}: `{report[name]}`\n"
+    if half:
+        text += "\nThe weights are stored in half precision (float16).\n"
+    return text.encode()
 
 
 def halved(weights: bytes, parameters: set[str]) -> bytes:

@@ -14,7 +14,7 @@ from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.model_dir import ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
-from cifar.store import MANIFEST, Store, find_model, halved
+from cifar.store import BOX, MANIFEST, Store, find_model, halved
 from jobs import models
 
 
@@ -251,3 +251,15 @@ def test_a_model_is_found_by_folder_and_by_published_name(store: Store, run: Pat
         find_model("flowers", store.path),
     ):
         pass
+
+
+def test_the_model_in_the_box_is_whole_small_and_says_what_it_reaches() -> None:
+    with find_model("", "./no/such/store") as found:
+        predictor = Predictor(found.folder, "cpu")
+        card, report = (found.folder / "README.md").read_text(), json.loads((found.folder / "report.json").read_text())
+        assert (found.folder / "model.safetensors").stat().st_size < 5_000_000
+    assert found.version == str(Store(str(BOX)).resolve("cifar10@champion"))
+    assert len(predictor.classes) == 10
+    assert report["count"] == 10_000
+    for text in (f"{report['accuracy']:.4f}", "jobs/train.py --recipe", "with seed", "Machine: ", "half precision"):
+        assert text in card

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.evaluate import Evaluation, to_dict
+from cifar.machine import cpu_model, usable_cpus
 from cifar.report import figures, page
 from cifar.report.history import Row, verdict
 
@@ -21,6 +22,7 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
     facts = {
         "command": command,
         "versions": page.versions(),
+        "machine": f"{usable_cpus()} cores of {cpu_model()}",
         "config": evaluation.model.config.to_dict(),
         "learning": asdict(learning) if learning else None,
     }
