@@ -1,0 +1,102 @@
+"""The Service as a deployment of Ray Serve: replicas behind a proxy, as many as the load wants."""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.experimental import internal_kv
+
+from cifar.machine import usable_cpus
+from cifar.serve.app import make_app
+from cifar.serve.config import ServeConfig
+from cifar.serve.metrics import merge
+from cifar.serve.service import Service
+
+REPLICA_MEMORY = 1 << 30
+"""Bytes that a replica asks for: torch and the requests that it holds."""
+ONGOING = 100
+"""Requests at a time that a replica is meant to have when their number follows the load: enough to fill batches."""
+PUBLISH_SECONDS = 1.0
+STALE_SECONDS = 15.0
+METRICS_KEY = b"cifar-metrics-"
+
+
+class Replica:
+    """One process that answers: its Service, and the app around it."""
+
+    def __init__(self, config: ServeConfig, threads: int) -> None:
+        # Only the messages of this package: Serve writes its own.
+        logging.getLogger("cifar").setLevel(logging.INFO)
+        if threads:
+            torch.set_num_threads(threads)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._service = Service(config, self._name)
+        self._publishing = asyncio.get_running_loop().create_task(self._publish())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._service, self._gather)
+
+    async def _publish(self) -> None:
+        """Any replica may be asked for the metrics of all, so each leaves its own in the cluster's key-value store."""
+        key = METRICS_KEY + self._name.encode()
+        while True:
+            text = f"{time.time()}\n{self._service.metrics.text()}"
+            await asyncio.to_thread(internal_kv._internal_kv_put, key, text.encode(), overwrite=True)
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+    async def _gather(self) -> str:
+        return await asyncio.to_thread(self._read_all)
+
+    def _read_all(self) -> str:
+        mine = METRICS_KEY + self._name.encode()
+        texts = [self._service.metrics.text()]
+        for key in internal_kv._internal_kv_list(METRICS_KEY):
+            value = b"" if key == mine else internal_kv._internal_kv_get(key) or b""
+            written_at, _, text = value.decode().partition("\n")
+            if not text:
+                continue
+            if time.time() - float(written_at) > STALE_SECONDS:  # it has ended
+                internal_kv._internal_kv_del(key)
+            else:
+                texts.append(text)
+        return merge(texts)
+
+
+def make_deployment(config: ServeConfig, cpus: float = 1.0, threads: int = 0) -> serve.Application:
+    """The application: replicas that hold `cpus` each and compute with so many threads (0: what torch takes)."""
+    low, high = config.replica_counts
+    scaling: dict[str, Any] = {"num_replicas": low}
+    if high > low:
+        limits = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": ONGOING}
+        scaling = {"autoscaling_config": {**limits, "upscale_delay_s": 5, "downscale_delay_s": 60}}
+    gpus = 1 if config.device.startswith("cuda") else 0
+    wrapped: Any = serve.ingress(None)(Replica)
+    deployment: Any = serve.deployment(
+        wrapped,
+        name="cifar",
+        # The queue of the service is the bound: it counts images, and says 503 with Retry-After.
+        max_ongoing_requests=10 * config.max_queue,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "memory": REPLICA_MEMORY},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=30,
+        **scaling,
+    )
+    return deployment.bind(config, threads)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """For `serve deploy`: the fields of ServeConfig as `args` of the application."""
+    known = {field.name for field in dataclasses.fields(ServeConfig)}
+    if unknown := sorted(args.keys() - known):
+        raise ValueError(f"args: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return make_deployment(ServeConfig(**args))
+
+
+def threads_of(replicas: int) -> int:
+    """Threads of a replica that shares this machine with so many others."""
+    return max(1, usable_cpus() // replicas)

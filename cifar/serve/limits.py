@@ -1,0 +1,120 @@
+"""Bounds around every request: its size, the time to send it, and what all of them hold together."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from cifar.serve.metrics import Metrics
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+HELD_REQUESTS = 8
+"""Requests of the largest size that a replica holds at a time."""
+
+
+class TooLarge(Exception):
+    pass
+
+
+class Limits:
+    """ASGI middleware: reads the whole body before the app sees the request, and counts and times what comes back.
+
+    A body that is too large gets 413, one that takes too long 408, and 503 with Retry-After one for which there is no
+    room beside the others: memory stays bounded whatever clients send.
+    """
+
+    def __init__(self, app: Any, max_bytes: int, seconds: float, metrics: Metrics) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._metrics = metrics
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+        held: list[int] = []
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        started_at = time.perf_counter()
+        try:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    body = await self._read(scope, receive, held)
+            except TimeoutError:
+                await refuse(note, 408, f"the request took longer than {self._seconds:g} s to arrive; send it faster")
+                return
+            except TooLarge:
+                megabytes = self._max_bytes / 1e6
+                await refuse(note, 413, f"the request is larger than {megabytes:g} MB; send fewer or smaller images")
+                return
+            except MemoryError:
+                await refuse(note, 503, "too many large requests at once; try again in a second")
+                return
+            if body is None:  # the client has left
+                return
+            started_at = time.perf_counter()
+            await self._app(scope, replay(body, receive), note)
+        finally:
+            self._hold(held, -sum(held))
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(route, status, time.perf_counter() - started_at)
+
+    async def _read(self, scope: Scope, receive: Receive, held: list[int]) -> bytes | None:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
+                raise TooLarge
+        parts = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_bytes:
+                raise TooLarge
+            self._hold(held, len(part))
+            if self._held > HELD_REQUESTS * self._max_bytes:
+                raise MemoryError
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    def _hold(self, held: list[int], size: int) -> None:
+        held.append(size)
+        self._held += size
+        self._metrics.body.set(self._held)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body at once, and then waits for what the server has to say."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return again
+
+
+async def refuse(send: Send, status: int, error: str) -> None:
+    """A whole response, which also closes the connection: what is left of the body is not read."""
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")]
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,214 @@
+"""What a replica does with images, whatever protocol they came by. No Ray: it runs in any event loop."""
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar.data.decode import BadImage
+from cifar.machine import usable_cpus
+from cifar.serve.config import ServeConfig
+from cifar.serve.metrics import Metrics
+from cifar.serve.queue import Busy, Queue
+from cifar.serve.versions import Served, Versions, warm_up
+
+Image: TypeAlias = bytes | NDArray[np.uint8]
+"""Encoded, or uint8 (H,W,3)."""
+
+LARGE_BYTES = 32 << 10
+"""Encoded images from here on are decoded by threads beside the computation; a smaller one takes less time than the way
+to another thread and back (a PNG of CIFAR-10: 45 us)."""
+CANARY_BATCHES = 200
+"""The last batches that the canary's limits look at."""
+CANARY_LEAST = 20
+"""Fewer batches decide nothing."""
+
+logger = logging.getLogger(__name__)
+
+
+class TooMany(ValueError):
+    """A request of more images than are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """The answers to one request."""
+
+    served: Served
+    probabilities: NDArray[np.float32]
+    """(N,C); NaN in the rows of images without an answer."""
+    errors: list[str | None]
+    """Per image, such as "not an image"."""
+
+
+class Failed(RuntimeError):
+    """The model gave no usable probabilities."""
+
+
+class Service:
+    """Answers images with the versions that are selected, computing those of many requests together."""
+
+    def __init__(self, config: ServeConfig, replica: str = "local") -> None:
+        self.config = config
+        self.metrics = Metrics(replica)
+        self.versions = Versions(config, warm_up)
+        self._queue: Queue[Served, Image, NDArray[np.float32] | str] = Queue(
+            self._compute, config.max_batch, config.max_queue
+        )
+        self._decoders = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
+        self._canary: deque[float] = deque(maxlen=CANARY_BATCHES)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def name(self) -> str:
+        return self.versions.name
+
+    @property
+    def ready(self) -> bool:
+        """Does it take requests? Not while its queue is full."""
+        return self._queue.size < self.config.max_queue
+
+    async def predict(self, images: list[Image], version: str | None = None) -> Answered:
+        """Answer all images of a request by one version: the one asked for, else the default or the canary.
+
+        Raises TooMany, UnknownVersion, Busy, and Failed when the model itself fails. A canary that fails, fails nobody:
+        the default answers instead.
+        """
+        if len(images) > self.config.max_images:
+            raise TooMany(f"{len(images)} images; a request may hold {self.config.max_images}")
+        selection = self.versions.selection
+        served = selection.route(self.config.canary_share) if version is None else selection.find(version)
+        try:
+            answered = await self._answer(served, images)
+        except Busy:
+            raise
+        except Exception as error:
+            if served is not selection.canary or version is not None:
+                raise Failed(f"the model {served.version} failed") from error
+            answered = await self._answer(selection.default, images)
+        if selection.shadow is not None:
+            self._spawn(self._ask_shadow(selection.shadow, images, answered))
+        return answered
+
+    async def follow(self) -> None:
+        """Read the aliases again and again, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.config.poll_seconds)
+            try:
+                await loop.run_in_executor(None, self.versions.refresh)
+            except Exception:
+                logger.exception("the versions stay as they are")
+
+    def close(self) -> None:
+        self._queue.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _answer(self, served: Served, images: list[Image], spare: bool = False) -> Answered:
+        put = self._queue.put_spare if spare else self._queue.put
+        rows = await put(served, await self._decode_large(served, images))
+        probabilities = np.full((len(images), len(served.predictor.classes)), np.nan, np.float32)
+        errors: list[str | None] = [None] * len(images)
+        labels: Counter[str] = Counter()
+        for place, row in enumerate(rows):
+            if isinstance(row, str):
+                errors[place] = row
+                if not spare:
+                    self.metrics.bad_image(row)
+            else:
+                probabilities[place] = row
+                labels[served.predictor.classes[int(row.argmax())]] += 1
+        if not spare:
+            self.metrics.answered(served.version, labels, len(served.predictor.classes))
+        return Answered(served=served, probabilities=probabilities, errors=errors)
+
+    async def _decode_large(self, served: Served, images: list[Image]) -> list[Image]:
+        """The images with the large ones decoded; one that is damaged stays for `_compute` to say so."""
+
+        def decode(image: Image) -> Image:
+            with suppress(BadImage):
+                return served.predictor.decode(image) if isinstance(image, bytes) else image
+            return image
+
+        if not any(isinstance(image, bytes) and len(image) >= LARGE_BYTES for image in images):
+            return images
+        loop = asyncio.get_running_loop()
+        return list(await asyncio.gather(*(loop.run_in_executor(self._decoders, decode, image) for image in images)))
+
+    def _compute(self, served: Served, images: list[Image], waited: list[float]) -> list[NDArray[np.float32] | str]:
+        """In the queue's thread: probabilities (C,) or the reason why there are none, per image."""
+        for seconds in waited:
+            self.metrics.waited(seconds)
+        started_at = time.perf_counter()
+        rows: list[NDArray[np.float32] | str] = []
+        pixels = []
+        for image in images:
+            try:
+                fitted = (
+                    served.predictor.decode(image) if isinstance(image, bytes) else served.predictor.fit([image])[0]
+                )
+            except BadImage as error:
+                rows.append(str(error))
+                continue
+            pixels.append(fitted)
+            rows.append("")
+        try:
+            probabilities = served.predictor.predict(np.stack(pixels)) if pixels else np.empty((0, 1), np.float32)
+            if not np.isfinite(probabilities).all():
+                raise Failed("probabilities that are no numbers")
+        except Exception:
+            self.metrics.failed(served.version)
+            self._judge(served, math.inf)
+            logger.exception("a batch of %d images failed with %s", len(pixels), served.version)
+            raise
+        seconds = time.perf_counter() - started_at
+        self.metrics.batch(served.version, len(images), seconds)
+        self._judge(served, seconds)
+        answers = iter(probabilities)
+        return [next(answers) if row == "" else row for row in rows]
+
+    def _judge(self, served: Served, seconds: float) -> None:
+        """Withdraw the canary when its last batches broke a limit; a failed batch took infinitely long."""
+        if served is not self.versions.selection.canary:
+            return
+        self._canary.append(seconds)
+        if len(self._canary) < CANARY_LEAST:
+            return
+        failed = sum(map(math.isinf, self._canary)) / len(self._canary)
+        took = [seconds for seconds in self._canary if not math.isinf(seconds)]
+        slow = 1000 * float(np.quantile(took, 0.95)) if took else 0.0
+        if failed > self.config.canary_max_errors or (self.config.canary_max_ms and slow > self.config.canary_max_ms):
+            logger.warning(
+                "canary %s withdrawn: of its last %d batches %.1f %% failed, the slowest 5 %% took %.1f ms and more",
+                *(served.version, len(self._canary), 100 * failed, slow),
+            )
+            self._canary.clear()
+            self.metrics.withdrew(served.version)
+            self.versions.withdraw(served)
+
+    async def _ask_shadow(self, shadow: Served, images: list[Image], answered: Answered) -> None:
+        """Let the shadow answer too, when nobody waits for anything else, and count where it says the same."""
+        try:
+            found = await self._answer(shadow, images, spare=True)
+        except Exception:  # its failures are counted where they happen, and nobody waits for it
+            return
+        pairs = [
+            answered.served.predictor.classes[int(one.argmax())] == shadow.predictor.classes[int(other.argmax())]
+            for one, other, error in zip(answered.probabilities, found.probabilities, answered.errors, strict=True)
+            if error is None
+        ]
+        self.metrics.shadowed(shadow.version, sum(pairs), len(pairs) - sum(pairs))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # a task that nobody holds may be collected before it ends
+        task.add_done_callback(self._tasks.discard)
