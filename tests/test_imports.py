@@ -38,6 +38,7 @@ WITHOUT_RAY = [
     "predictor",
     "store",
     "evaluate",
+    "serve.app",
 ]
 TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
 ANSWERING = {"predictor", "evaluate", "report", "serve"}
@@ -90,3 +91,11 @@ def test_importing_the_package_has_no_side_effects(tmp_path: Path) -> None:
         "assert os.listdir('.') == []"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_serving_imports_no_training_search_or_data_library() -> None:
+    code = (
+        "import sys; import cifar.serve.deployment; "
+        "assert not {'ray.train', 'ray.tune', 'ray.data'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -19,11 +19,12 @@ from cifar.models import build_model
 from cifar.predictor import Predictor
 from cifar.serve.app import make_app
 from cifar.serve.config import ServeConfig
+from cifar.serve.errors import Busy, UnknownVersion
 from cifar.serve.limits import HELD_REQUESTS, Limits
 from cifar.serve.metrics import Metrics, merge
-from cifar.serve.queue import Busy, Queue
+from cifar.serve.queue import Queue
 from cifar.serve.service import CANARY_LEAST, Service
-from cifar.serve.versions import CANARY, SHADOW, UnknownVersion
+from cifar.serve.versions import CANARY, SHADOW
 from cifar.store import Store
 from tests.images import bad_images, encode, noise, png
 
@@ -234,7 +235,7 @@ def publish(store: Store, folder: Path, alias: str, seed: int) -> str:
 
 def test_promotion_and_roll_back_are_followed_while_requests_are_answered(store: Store, tmp_path: Path) -> None:
     service = Service(config_of(store, poll_seconds=0.05))
-    old = service.versions.selection.default.version
+    old = service.selection.default.version
     with TestClient(make_app(service)) as client:
 
         def wait_for(version: str) -> None:
@@ -255,16 +256,16 @@ def test_promotion_and_roll_back_are_followed_while_requests_are_answered(store:
 
 def test_a_damaged_version_is_not_served_and_the_old_one_stays(store: Store, tmp_path: Path) -> None:
     service = Service(config_of(store))
-    old = service.versions.selection.default.version
+    old = service.selection.default.version
     new = publish(store, tmp_path, "champion", 1)
     (Path(store.path) / "flowers" / new / "model.safetensors").write_bytes(b"damaged")
-    service.versions.refresh()
-    assert service.versions.selection.default.version == old
+    service._versions.refresh()
+    assert service.selection.default.version == old
     store.promote(store.resolve(f"flowers/{old}"))
     bad = publish(store, tmp_path, "nightly", 2)
     (Path(store.path) / "flowers" / bad / "model.safetensors").write_bytes(b"damaged")
-    service.versions.refresh()
-    assert service.versions.selection.aliases == {"champion": old}
+    service._versions.refresh()
+    assert service.selection.aliases == {"champion": old}
     service.close()
 
 
@@ -291,7 +292,7 @@ def test_the_canary_gets_its_share_and_an_alias_can_be_asked_for(store: Store, t
 
 def breaking(service: Service, version: str, how: Callable[[np.ndarray], np.ndarray]) -> None:
     """Let the predictor of a version fail."""
-    served = service.versions.selection.served[version]
+    served = service.selection.served[version]
     answer = served.predictor.predict
     served.predictor.predict = lambda images: how(answer(images))  # type: ignore[method-assign]
 
@@ -300,16 +301,16 @@ def test_a_failing_canary_fails_nobody_and_is_withdrawn(store: Store, tmp_path: 
     canary = publish(store, tmp_path, CANARY, 1)
     service = Service(config_of(store, canary_share=1.0))
     breaking(service, canary, lambda probabilities: probabilities * np.nan)
-    champion = service.versions.selection.default.version
+    champion = service.selection.default.version
     assert set(ask(service, CANARY_LEAST + 5)) == {champion}
-    assert service.versions.selection.canary is None
+    assert service.selection.canary is None
     assert CANARY not in store.aliases("flowers")
     assert f'cifar_canaries_withdrawn_total{{replica="local",version="{canary}"}} 1.0' in service.metrics.text()
-    service.versions.refresh()
-    assert service.versions.selection.canary is None
+    service._versions.refresh()
+    assert service.selection.canary is None
     store.promote(store.resolve(f"flowers/{canary}"), CANARY)  # tried again
-    service.versions.refresh()
-    assert service.versions.selection.canary is not None
+    service._versions.refresh()
+    assert service.selection.canary is not None
     service.close()
 
 
@@ -324,7 +325,7 @@ def test_a_slow_canary_is_withdrawn_at_the_limit_that_was_set(store: Store, tmp_
         service = Service(config_of(store, canary_share=1.0, canary_max_ms=limit))
         breaking(service, canary, slow)
         ask(service, CANARY_LEAST)
-        assert (service.versions.selection.canary is None) == withdrawn
+        assert (service.selection.canary is None) == withdrawn
         service.close()
 
 
@@ -348,7 +349,7 @@ def test_the_shadow_answers_too_but_nobody_sees_it(store: Store, tmp_path: Path)
 
 def test_a_model_that_fails_is_a_500_with_a_reason(store: Store) -> None:
     service = Service(config_of(store))
-    breaking(service, service.versions.selection.default.version, lambda probabilities: probabilities * np.nan)
+    breaking(service, service.selection.default.version, lambda probabilities: probabilities * np.nan)
     with TestClient(make_app(service)) as client:
         answer = client.post("/predict", json=encoded(png(0)))
     assert answer.status_code == 500

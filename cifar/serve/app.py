@@ -19,10 +19,10 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import cifar
+from cifar.serve.errors import BadRequest, ServiceError, explain
 from cifar.serve.limits import Limits
-from cifar.serve.queue import Busy
-from cifar.serve.service import Answered, Failed, Service, TooMany
-from cifar.serve.versions import UnknownVersion
+from cifar.serve.protocol import protocol_router
+from cifar.serve.service import Answered, Service
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -30,10 +30,6 @@ CONTENT_SECURITY_POLICY = (
 )
 MOST_PARTS = 1000
 """Of a multipart body; the images among them are counted by the service."""
-
-
-class BadRequest(ValueError):
-    """What the client can mend; the message says how."""
 
 
 class NamedImage(NamedTuple):
@@ -145,28 +141,20 @@ def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = Non
     limits = {"max_bytes": service.config.max_request_bytes, "seconds": service.config.request_seconds}
     app.add_middleware(Limits, **limits, metrics=service.metrics)
     app.include_router(_routes(service, gather))
-    for kind, answer in _handlers().items():
-        app.add_exception_handler(kind, answer)
+    app.include_router(protocol_router(lambda: service))
+    app.add_exception_handler(ServiceError, explain)
+    app.add_exception_handler(RequestValidationError, _explain_validation)
+    app.add_exception_handler(HTTPException, _explain_http)
     return app
 
 
-def _handlers() -> dict[type[Exception], Callable[[Request, Any], Response]]:
-    def problem(status: int, **headers: str) -> Callable[[Request, Any], Response]:
-        return lambda request, error: JSONResponse({"error": str(error)}, status, headers=headers)
-
-    return {
-        BadRequest: problem(400),
-        RequestValidationError: lambda request, error: JSONResponse({"error": _sentence(error)}, 400),
-        HTTPException: lambda request, error: JSONResponse({"error": error.detail}, error.status_code, error.headers),
-        UnknownVersion: problem(404),
-        TooMany: problem(413),
-        Failed: problem(500),
-        Busy: problem(503, **{"Retry-After": "1"}),
-    }
+def _explain_validation(request: Request, error: Any) -> JSONResponse:
+    sentence = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+    return JSONResponse({"error": sentence}, 400)
 
 
-def _sentence(error: RequestValidationError) -> str:
-    return "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+def _explain_http(request: Request, error: Any) -> JSONResponse:
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 def _routes(service: Service, gather: Callable[[], Awaitable[str]] | None) -> APIRouter:
@@ -193,7 +181,7 @@ def _routes(service: Service, gather: Callable[[], Awaitable[str]] | None) -> AP
     @routes.get("/models", response_model=Models)
     async def models() -> Response:
         """The versions that are served, and the limits of a request."""
-        selection = service.versions.selection
+        selection = service.selection
         cards = []
         for served in selection.served.values():
             info = served.predictor.info

@@ -13,13 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from cifar.serve.errors import Busy
+
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Busy(RuntimeError):
-    """The queue is full; come again in a second."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from cifar.data.decode import BadImage
 from cifar.machine import usable_cpus
 from cifar.serve.config import ServeConfig
+from cifar.serve.errors import Busy, Failed, TooMany
 from cifar.serve.metrics import Metrics
-from cifar.serve.queue import Busy, Queue
-from cifar.serve.versions import Served, Versions, warm_up
+from cifar.serve.queue import Queue
+from cifar.serve.versions import Selection, Served, Versions, warm_up
 
 Image: TypeAlias = bytes | NDArray[np.uint8]
 """Encoded, or uint8 (H,W,3)."""
@@ -35,10 +36,6 @@ CANARY_LEAST = 20
 logger = logging.getLogger(__name__)
 
 
-class TooMany(ValueError):
-    """A request of more images than are taken."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Answered:
     """The answers to one request."""
@@ -50,17 +47,13 @@ class Answered:
     """Per image, such as "not an image"."""
 
 
-class Failed(RuntimeError):
-    """The model gave no usable probabilities."""
-
-
 class Service:
     """Answers images with the versions that are selected, computing those of many requests together."""
 
     def __init__(self, config: ServeConfig, replica: str = "local") -> None:
         self.config = config
         self.metrics = Metrics(replica)
-        self.versions = Versions(config, warm_up)
+        self._versions = Versions(config, warm_up)
         self._queue: Queue[Served, Image, NDArray[np.float32] | str] = Queue(
             self._compute, config.max_batch, config.max_queue
         )
@@ -70,12 +63,24 @@ class Service:
 
     @property
     def name(self) -> str:
-        return self.versions.name
+        return self._versions.name
+
+    @property
+    def selection(self) -> Selection:
+        """The versions that are served at this moment."""
+        return self._versions.selection
 
     @property
     def ready(self) -> bool:
         """Does it take requests? Not while its queue is full."""
         return self._queue.size < self.config.max_queue
+
+    def versions(self) -> list[Served]:
+        return list(self.selection.served.values())
+
+    def find(self, version: str | None) -> Served:
+        """By version or alias; None is the default. Raises UnknownVersion."""
+        return self.selection.find(version)
 
     async def predict(self, images: list[Image], version: str | None = None) -> Answered:
         """Answer all images of a request by one version: the one asked for, else the default or the canary.
@@ -85,7 +90,7 @@ class Service:
         """
         if len(images) > self.config.max_images:
             raise TooMany(f"{len(images)} images; a request may hold {self.config.max_images}")
-        selection = self.versions.selection
+        selection = self.selection
         served = selection.route(self.config.canary_share) if version is None else selection.find(version)
         try:
             answered = await self._answer(served, images)
@@ -105,7 +110,7 @@ class Service:
         while True:
             await asyncio.sleep(self.config.poll_seconds)
             try:
-                await loop.run_in_executor(None, self.versions.refresh)
+                await loop.run_in_executor(None, self._versions.refresh)
             except Exception:
                 logger.exception("the versions stay as they are")
 
@@ -178,7 +183,7 @@ class Service:
 
     def _judge(self, served: Served, seconds: float) -> None:
         """Withdraw the canary when its last batches broke a limit; a failed batch took infinitely long."""
-        if served is not self.versions.selection.canary:
+        if served is not self.selection.canary:
             return
         self._canary.append(seconds)
         if len(self._canary) < CANARY_LEAST:
@@ -193,7 +198,7 @@ class Service:
             )
             self._canary.clear()
             self.metrics.withdrew(served.version)
-            self.versions.withdraw(served)
+            self._versions.withdraw(served)
 
     async def _ask_shadow(self, shadow: Served, images: list[Image], answered: Answered) -> None:
         """Let the shadow answer too, when nobody waits for anything else, and count where it says the same."""

@@ -13,15 +13,12 @@ import numpy as np
 from cifar.config import ConfigError
 from cifar.predictor import Predictor
 from cifar.serve.config import ServeConfig
+from cifar.serve.errors import UnknownVersion
 from cifar.store import BOX, Store, Version, find_model, model_path
 
 CANARY, SHADOW = "canary", "shadow"
 
 logger = logging.getLogger(__name__)
-
-
-class UnknownVersion(LookupError):
-    """No such version is served; the message lists what is."""
 
 
 @dataclass(frozen=True, kw_only=True)
