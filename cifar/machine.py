@@ -38,6 +38,45 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that this process may still take: those of the machine, within the limit of its container.
+
+    What a container's files take in memory counts as available, since they leave it first.
+    """
+    try:
+        free = 1024 * _entry(meminfo.read_text(), "MemAvailable:")
+    except (OSError, ValueError):  # not Linux: what there is, used or not
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, usage, stat, files in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
+            left += _entry((cgroup / stat).read_text(), files)
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
+        free = min(free, max(left, 0))
+    return free
+
+
+def peak_memory(status: Path = Path("/proc/self/status")) -> int:
+    """Bytes that this process held in memory at most so far; 0 where the system does not say."""
+    try:
+        return 1024 * _entry(status.read_text(), "VmHWM:")
+    except (OSError, ValueError):
+        return 0
+
+
+def _entry(text: str, name: str) -> int:
+    """The number that follows `name` on a line of its own; ValueError if there is none."""
+    for line in text.splitlines():
+        match line.split():
+            case [first, number, *_] if first == name:
+                return int(number)
+    raise ValueError(f"no {name}")
+
+
 def _quota(cgroup: Path) -> float:
     """In cores; those of the machine when there is no quota, or none that can be read."""
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # version 2, version 1

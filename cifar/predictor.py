@@ -1,5 +1,7 @@
 """uint8 images to probabilities: the one way from a model folder to an answer. No Ray: it runs where torch runs."""
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar.config import ConfigError, Precision, TestTimeAugmentation
+from cifar.config import Config, ConfigError, Precision, TestTimeAugmentation
 from cifar.data.decode import decode, fit_square
 from cifar.loop import autocast
-from cifar.machine import keep_freed_memory
+from cifar.machine import available_memory, keep_freed_memory, peak_memory
 from cifar.model_dir import LoadedModel, load_model
 
 SURE = 0.75
@@ -25,6 +27,18 @@ SURE_OF_TWO = 0.4
 CLOSE = 0.05
 """Margin below which an answer in bfloat16 is computed anew in float32. On CIFAR-10's val (n=12,500, five networks of
 recipe `fast`) the two types chose another label for six images, all with margins below 0.005; 2 % are below this."""
+
+LARGEST_BATCH = 500
+"""Images in a batch, unless its size is asked for."""
+BATCH_BYTES = 1 << 30
+"""What such a batch may take of the memory: all recipes answer 500 images of 32 pixels within it."""
+PLANES = 4
+"""What an image takes, in widest planes. In float32 on a CPU it was 2.0 to 3.5 (n=12 networks of 32 to 224 pixels), but
+5.6 for a `notebook` whose third group is the widest; in bfloat16 1.4 to 2.1 (n=4)."""
+FIRST_CHANNELS = 24
+"""Of `cnn`'s whitening layer."""
+SMALLEST_BATCH, FASTER, REPEATS = 8, 1.05, 3
+"""How `choose_batch_size` goes: its first size, by how much the next has to be faster, and timings of each."""
 
 TOP_K = 5
 """Classes that an answer names by default."""
@@ -48,22 +62,23 @@ class Predictor:
     """A loaded model on a device, with the test-time augmentation of its config.
 
     `model` is a model folder or what `load_model` gave. `device` is `auto` (a GPU when there is one) or any name that
-    torch knows. `batch_size` bounds the memory; the number of images in a call does not. `precision` is as in training:
-    by default bfloat16 where the device computes it natively, but float32 where the label hangs on it. Probabilities
-    then differ from float32's by 0.001 in the mean, and by more where another view was asked for.
+    torch knows. `batch_size` bounds the memory; the number of images in a call does not. 0 takes 500, or as many as fit
+    into a GiB where images are large or the network is wide; `choose_batch_size` measures. `precision` is as in
+    training: by default bfloat16 where the device computes it natively, but float32 where the label hangs on it.
+    Probabilities then differ from float32's by 0.001 in the mean, and by more where another view was asked for.
     """
 
     def __init__(
         self,
         model: LoadedModel | str | Path,
         device: str = "auto",
-        batch_size: int = 500,
+        batch_size: int = 0,
         precision: Precision = "auto",
     ):
         loaded = model if isinstance(model, LoadedModel) else load_model(model)
         self.info = loaded.info
         self.metrics = loaded.metrics
-        self.batch_size = batch_size
+        self.batch_size = batch_size or default_batch_size(loaded.info.config)
         self.device = find_device(device)
         self.precision: Precision = precision
         if self.device.type == "cpu":
@@ -117,6 +132,53 @@ class Predictor:
         """Logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""
         return self._forward(images, softmax=False)
 
+    def choose_batch_size(self, seconds: float = 2.0) -> int:
+        """Set `batch_size` to what answers fastest here, and return it. Answers stay the same but for rounding.
+
+        8 random images are timed, then twice as many and so on, until that raises the images a second by less than 5 %,
+        the next size might take more than half of the available memory (on a GPU: does not fit), or the time is up,
+        which one size may exceed. Test-time augmentation is left out: it looks again at a part of the images.
+        """
+        stop_at = time.perf_counter() + seconds
+        memory = available_memory() / 2 if self.device.type == "cpu" else math.inf
+        self._images_per_second(1)  # what torch sets up but once is no image's
+        image_bytes = at_least = _image_bytes(self.info.config)
+        chosen, fastest, peak, count, more = 1, 0.0, peak_memory(), SMALLEST_BATCH, SMALLEST_BATCH
+        while count * image_bytes <= memory:
+            started_at = time.perf_counter()
+            try:
+                rate = self._images_per_second(count)
+            except torch.OutOfMemoryError:
+                break
+            if rate < fastest * FASTER:
+                break
+            chosen, fastest = count, rate
+            now = time.perf_counter()
+            if now + 2 * (now - started_at) > stop_at:
+                break
+            # The peak does not grow while it stays below an earlier one of this process.
+            grown, peak = peak_memory() - peak, peak_memory()
+            image_bytes = max(grown / more, at_least)
+            count, more = 2 * count, count
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_size = chosen
+        return chosen
+
+    @torch.inference_mode()
+    def _images_per_second(self, count: int) -> float:
+        """Of the plain forward pass of `count` random images, from this machine's memory and back."""
+        shape = (count, self.image_size, self.image_size, 3)
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8)).permute(0, 3, 1, 2)
+        self._model(images.to(self.device))  # in float32, as close answers are computed anew: all may be close
+        seconds = []
+        for _ in range(REPEATS):
+            started_at = time.perf_counter()
+            with autocast(self.precision, self.device):
+                self._model(images.to(self.device)).softmax(1).cpu()
+            seconds.append(time.perf_counter() - started_at)
+        return count / min(seconds)
+
     @torch.inference_mode()
     def _forward(self, images: Images, softmax: bool) -> NDArray[np.float32]:
         self._check(images)
@@ -152,6 +214,19 @@ class Predictor:
         if tuple(images.shape[1:]) != expected or images.dtype not in (torch.uint8, np.uint8):
             shape = ", ".join(map(str, ("N", *expected)))
             raise ValueError(f"images must be uint8 ({shape}), not {images.dtype} {tuple(images.shape)}")
+
+
+def default_batch_size(config: Config) -> int:
+    """500 images, or as many as a GiB of memory answers at once; at least 1."""
+    return max(1, min(LARGEST_BATCH, BATCH_BYTES // _image_bytes(config)))
+
+
+def _image_bytes(config: Config) -> int:
+    """What an image of a batch takes in float32: some of the widest planes (C,H,W) that the network makes of it."""
+    widths = config.model.widths
+    sides = [max(config.data.image_size >> place, 1) for place in range(len(widths))]
+    channels = [max(widths[0], FIRST_CHANNELS), *widths[1:]]
+    return PLANES * 4 * max(count * side**2 for count, side in zip(channels, sides, strict=True))
 
 
 def mean_logits(model: nn.Module, images: Tensor, tta: TestTimeAugmentation) -> Tensor:

@@ -97,32 +97,30 @@ class Store:
             files={file: {"sha256": sha256(data), "bytes": len(data)} for file, data in contents.items()},
         )
         for file, data in contents.items():
-            write_file(self._path(version, file), data)
+            self._write(f"{version}/{file}", data)
         values = {"format": FORMAT} | dataclasses.asdict(version)
-        write_file(self._path(version, MANIFEST), (json.dumps(values, indent=1) + "\n").encode())
+        self._write(f"{version}/{MANIFEST}", (json.dumps(values, indent=1) + "\n").encode())
         return version
 
     def names(self) -> list[str]:
         """Of all models, sorted."""
-        folders = self._files.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
         return sorted(
             info.base_name
-            for info in folders
+            for info in self._list(self._root)
             if info.type == fs.FileType.Directory and NAME.fullmatch(info.base_name) and self.versions(info.base_name)
         )
 
     def versions(self, name: str) -> list[Version]:
         """Oldest first; without what is still being written, or was left half-written."""
         check_name(name)
-        found = self._files.get_file_info(fs.FileSelector(f"{self._root}/{name}", recursive=True, allow_not_found=True))
+        found = self._list(f"{self._root}/{name}", recursive=True)
         folders = [info.path.split("/")[-2] for info in found if info.base_name == MANIFEST]
         versions = [self._manifest(name, folder) for folder in folders if NAME.fullmatch(folder)]
         return sorted((version for version in versions if version), key=lambda one: (one.published_at, one.version))
 
     def aliases(self, name: str) -> dict[str, Alias]:
         check_name(name)
-        folder = f"{self._root}/{name}/{ALIASES}"
-        found = self._files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        found = self._list(f"{self._root}/{name}/{ALIASES}")
         names = sorted(info.base_name.removesuffix(".json") for info in found if info.base_name.endswith(".json"))
         aliases = {alias: self._alias(name, alias) for alias in names if NAME.fullmatch(alias)}
         return {alias: found for alias, found in aliases.items() if found}
@@ -280,7 +278,20 @@ class Store:
     def _write_alias(self, name: str, alias: str, version: str, history: list[str]) -> None:
         values = Alias(version=version, since=datetime.now(UTC).isoformat(), history=history)
         text = json.dumps(dataclasses.asdict(values), indent=1) + "\n"
-        write_file(join(self.path, f"{name}/{ALIASES}/{alias}.json"), text.encode())
+        self._write(f"{name}/{ALIASES}/{alias}.json", text.encode())
+
+    def _list(self, folder: str, recursive: bool = False) -> list[fs.FileInfo]:
+        """What is in a folder; nothing if it is not there."""
+        try:
+            return self._files.get_file_info(fs.FileSelector(folder, recursive=recursive, allow_not_found=True))
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be listed ({error}); check its address and your access") from error
+
+    def _write(self, file: str, data: bytes) -> None:
+        try:
+            write_file(join(self.path, file), data)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error}); check its address and your access") from error
 
 
 @dataclass(frozen=True, kw_only=True)

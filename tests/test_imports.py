@@ -19,7 +19,7 @@ LAYERS = [
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "training", "predictor", "store"},
-    {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate"},
+    {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
@@ -39,9 +39,10 @@ WITHOUT_RAY = [
     "store",
     "evaluate",
     "serve.app",
+    "export",
 ]
 TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
-ANSWERING = {"predictor", "evaluate", "report", "serve"}
+ANSWERING = {"predictor", "evaluate", "export", "report", "serve"}
 
 
 def imported(path: Path) -> set[str]:

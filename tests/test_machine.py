@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar.machine import usable_cpus
+from cifar.machine import available_memory, peak_memory, usable_cpus
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,55 @@ def test_the_quota_bounds_the_cores_of_the_affinity(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert usable_cpus(tmp_path) == expected
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1000),
+        ({"memory.max": "max\n", "memory.current": f"{MIB}\n", "memory.stat": "inactive_file 0\n"}, 1000),
+        ({"memory.max": f"{300 * MIB}\n", "memory.current": f"{200 * MIB}\n", "memory.stat": "file 9\n"}, 1000),
+        (
+            {
+                "memory.max": f"{300 * MIB}\n",
+                "memory.current": f"{200 * MIB}\n",
+                "memory.stat": f"active_file 7\ninactive_file {50 * MIB}\n",
+            },
+            150,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": f"{300 * MIB}\n",
+                "memory/memory.usage_in_bytes": f"{310 * MIB}\n",
+                "memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {5 * MIB}\n",
+            },
+            0,
+        ),
+    ],
+    ids=["machine", "no limit", "unreadable", "version 2", "version 1"],
+)
+def test_the_limit_of_the_container_bounds_the_memory(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal:  {9000 * 1024} kB\nMemAvailable:  {1000 * 1024} kB\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path, meminfo) == expected * MIB
+
+
+def test_without_proc_there_is_the_machines_memory_and_no_peak(tmp_path: Path) -> None:
+    assert available_memory(tmp_path, tmp_path / "none") == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert peak_memory(tmp_path / "none") == 0
+
+
+def test_the_peak_is_what_the_kernel_counts(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("VmPeak:\t   9000 kB\nVmHWM:\t   2048 kB\nVmRSS:\t   1024 kB\n")
+    assert peak_memory(tmp_path / "status") == 2 * MIB
+    if platform.system() == "Linux":
+        assert peak_memory() > 10 * MIB
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's malloc")

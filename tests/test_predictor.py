@@ -1,6 +1,10 @@
 """Predictor: the same answers whatever the layout, the batch size or the memory the images come in."""
 
+import subprocess
+import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +16,8 @@ from PIL import Image
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig, TestTimeAugmentation
 from cifar.model_dir import LoadedModel, ModelInfo, load_model, save_model
 from cifar.models import build_model
-from cifar.predictor import CLOSE, Predictor, find_device
+from cifar.predictor import BATCH_BYTES, CLOSE, Predictor, default_batch_size, find_device
+from cifar.recipes import RECIPES
 from tests.images import encode
 
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 50.0, 40.0)
@@ -32,7 +37,7 @@ def images(count: int = 11, size: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def exact(model: LoadedModel | Path, batch_size: int = 500) -> Predictor:
+def exact(model: LoadedModel | Path, batch_size: int = 0) -> Predictor:
     """In float32, so that rounding hides nothing."""
     return Predictor(model, "cpu", batch_size, precision="fp32")
 
@@ -193,3 +198,124 @@ def test_answers_name_the_likeliest_classes_and_abstain_below_the_threshold() ->
     assert [name for name, _ in sure.top_k] == ["b", "d"]
     assert sure.probability == pytest.approx(0.6)
     assert len(predictor.answers(probabilities, top_k=9)[0].top_k) == 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_small_images_are_answered_by_500(recipe: str) -> None:
+    assert default_batch_size(RECIPES[recipe]()) == 500
+
+
+def test_large_images_and_wide_networks_get_smaller_batches() -> None:
+    def size(side: int, *widths: int) -> int:
+        return default_batch_size(Config(data=DataConfig(image_size=side), model=ModelConfig(widths=widths)))
+
+    assert size(224, 64, 256, 256) in range(10, 30)
+    assert size(224, 64, 256, 256) == size(224, 64) > size(224, 64, 512) > size(448, 64, 512) > 1
+    assert size(1024, 8192) == 1
+    loaded = loaded_model(128)
+    assert Predictor(loaded, "cpu").batch_size == default_batch_size(loaded.info.config) < 500
+    assert Predictor(loaded, "cpu", 500).batch_size == 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_a_batch_of_large_images_takes_no_more_memory_than_allowed() -> None:
+    code = """if True:
+        import numpy as np, torch
+        from cifar.machine import peak_memory
+        from tests.test_predictor import exact, loaded_model
+        torch.set_num_threads(2)
+        predictor = exact(loaded_model(224), 0)
+        predictor.predict(np.zeros((1, 224, 224, 3), np.uint8))
+        before = peak_memory()
+        predictor.predict(np.zeros((2 * predictor.batch_size, 224, 224, 3), np.uint8))
+        print(predictor.batch_size, peak_memory() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    count, grown = map(int, done.stdout.split())
+    assert count < 100
+    assert BATCH_BYTES / 4 < grown < BATCH_BYTES
+
+
+def with_rates(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float]) -> list[int]:
+    """Let the predictor answer so many images a second with each batch size; returns the sizes that it tries."""
+    tried = []
+
+    def images_per_second(count: int) -> float:
+        tried.append(count)
+        return rate(count)
+
+    monkeypatch.setattr(predictor, "_images_per_second", images_per_second)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ({8: 100, 16: 200, 32: 300, 64: 310, 128: 900}, 32),
+        ({8: 100, 16: 90}, 8),
+        ({8: 100, 16: 106, 32: 112, 64: 118, 128: 119}, 64),
+    ],
+)
+def test_the_batch_grows_while_that_pays(rates: dict[int, float], chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = exact(loaded_model())
+    with_rates(predictor, monkeypatch, lambda count: rates.get(count, 1.0))
+    assert predictor.choose_batch_size() == predictor.batch_size == chosen
+
+
+@pytest.mark.parametrize(
+    ("available", "image", "chosen"),
+    [(2 * 64 * 10**6, 10**6, 64), (2 * 64 * 10**6 - 2, 10**6, 32), (2 * 64 * 10**6, 3 * 10**6, 16), (10**4, 1, 1)],
+    ids=["just fits", "just not", "larger images", "not even the first size"],
+)
+def test_the_growth_of_the_peak_bounds_the_batch_by_half_of_the_memory(
+    available: int, image: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image takes more here than the network's planes say."""
+    predictor = exact(loaded_model())
+    tried = with_rates(predictor, monkeypatch, float)
+    monkeypatch.setattr("cifar.predictor.available_memory", lambda: available)
+    monkeypatch.setattr("cifar.predictor.peak_memory", lambda: 10**9 + image * (0 if tried[-1] == 1 else tried[-1]))
+    assert predictor.choose_batch_size() == chosen
+    assert max(tried) == chosen
+
+
+def test_what_does_not_fit_on_the_device_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = exact(loaded_model())
+
+    def rate(count: int) -> float:
+        if count > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return count
+
+    tried = with_rates(predictor, monkeypatch, rate)
+    assert predictor.choose_batch_size() == 32
+    assert tried == [1, 8, 16, 32, 64]
+
+
+def test_the_time_for_choosing_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = exact(loaded_model())
+
+    def rate(count: int) -> float:
+        time.sleep(count / 1000)
+        return count
+
+    tried = with_rates(predictor, monkeypatch, rate)
+    assert predictor.choose_batch_size(seconds=0) == 8
+    assert tried == [1, 8]
+    started_at = time.perf_counter()
+    assert predictor.choose_batch_size(seconds=0.5) <= 256
+    assert time.perf_counter() - started_at < 2
+
+
+def test_the_chosen_size_is_measured_and_leaves_answers_and_random_numbers_alone() -> None:
+    predictor = exact(loaded_model(tta="mirror"), 3)
+    expected = predictor.logits(images())
+    torch.manual_seed(5)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    chosen = predictor.choose_batch_size(0.1)
+    assert torch.rand(1) == drawn
+    assert chosen == predictor.batch_size >= 8
+    assert chosen & (chosen - 1) == 0
+    np.testing.assert_allclose(predictor.logits(images()), expected, rtol=1e-4, atol=1e-6)

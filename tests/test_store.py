@@ -2,15 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.data.prepared import filesystem, join, write_file
 from cifar.model_dir import ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
@@ -263,3 +265,83 @@ def test_the_model_in_the_box_is_whole_small_and_says_what_it_reaches() -> None:
     assert report["count"] == 10_000
     for text in (f"{report['accuracy']:.4f}", "jobs/train.py --recipe", "with seed", "Machine: ", "half precision"):
         assert text in card
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """The query that leads an s3:// URI to a server of the tests' own, which has a bucket `bucket`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+        ):
+            patch.setenv(name, value)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{server.get_host_and_port()[1]}&scheme=http"
+        files, bucket = filesystem(f"s3://bucket{query}&allow_bucket_creation=true")
+        files.create_dir(bucket)
+        yield query
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["bucket/models", "bucket"])
+def test_an_s3_bucket_is_a_store_too(folder: str, s3_server: str, run: Path) -> None:
+    """Object stores have no folders: what names none of its files is not there."""
+    store = Store(f"s3://{folder}{s3_server}")
+    assert store.names() == store.versions("digits") == []
+    first, second = (store.publish(str(run), "digits") for _ in range(2))
+    assert (store.names(), store.versions("digits")) == (["digits"], [first, second])
+    assert store.promote(first) is None
+    assert store.promote(second) == first.version
+    assert store.resolve("digits@champion") == second
+    assert store.roll_back("digits") == first
+    assert store.describe(first)["aliases"] == ["champion"]
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    expected = Predictor(run / "model", "cpu").predict(images)
+    uri = join(store.path, str(second))
+    for reference, version in (("digits", str(first)), (str(second), str(second)), (uri, uri)):
+        with find_model(reference, store.path) as found:
+            assert found.version == version
+            np.testing.assert_array_equal(Predictor(found.folder, "cpu").predict(images), expected)
+    copy = store.publish(uri, "copy")
+    assert copy.files["model.safetensors"] == second.files["model.safetensors"]
+    with pytest.raises(ConfigError, match="is champion"):
+        store.delete(first)
+    store.delete(second)
+    store.delete(copy)
+    assert (store.names(), store.versions("digits")) == (["digits"], [first])
+    files, root = filesystem(uri)
+    with pytest.raises(ConfigError, match=r"config\.json.*: not found"):
+        store.publish(uri, "digits")
+    write_file(join(store.path, f"{first}/metrics.json"), b"{}")
+    with pytest.raises(ConfigError, match=r"metrics\.json.*: not what was published"), store.open(first):
+        pass
+    files.delete_file(f"{root.rpartition('/')[0]}/{first.version}/metrics.json")
+    with pytest.raises(ConfigError, match=r"metrics\.json.*: missing"), store.open(first):
+        pass
+
+
+@pytest.mark.slow
+def test_storage_that_refuses_is_one_clear_error(
+    s3_server: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = "?endpoint_override=http%3A%2F%2F127.0.0.1%3A9&scheme=http"
+    (tmp_path / "file").write_text("")
+    for argv, message in (
+        (["publish", str(run), "--name", "d", "--store", f"s3://nothing/x{s3_server}"], "NO_SUCH_BUCKET"),
+        (["publish", str(run), "--name", "d", "--store", str(tmp_path / "file")], "cannot be written"),
+        (["list", "--store", str(tmp_path / "file")], "cannot be listed"),
+        (["list", "--store", "s3://bucket/x?nonsense=1"], "nonsense"),
+    ):
+        assert models.main(argv) == 2, argv
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert "Traceback" not in shown
+    with pytest.raises(ConfigError, match="cannot be read"), find_model(f"s3://bucket/x{nobody}", str(tmp_path)):
+        pass

@@ -230,9 +230,12 @@ def parent(path: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Is there a file or folder of this path or URI?"""
+    """Is there a file or folder of this path or URI? ConfigError if its storage does not say."""
     files, root = filesystem(path)
-    return files.get_file_info(root).type != fs.FileType.NotFound
+    try:
+        return files.get_file_info(root).type != fs.FileType.NotFound
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); check its address and your access") from error
 
 
 def read_file(path: str) -> bytes | None:
