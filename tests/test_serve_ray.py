@@ -1,0 +1,141 @@
+"""The service behind Ray Serve, as a user starts it: jobs/serve.py in a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import yaml
+
+from cifar.serve.deployment import build
+from cifar.store import Store
+from jobs import serve
+from tests.images import png
+from tests.test_serve import save
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def served(*flags: str) -> Iterator[tuple[httpx.Client, int]]:
+    """A client of the service, and the process id of its job."""
+    port = free_port()
+    command = [sys.executable, "jobs/serve.py", "--port", str(port), "--device", "cpu", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout is not None
+        assert f"http://127.0.0.1:{port}/" in job.stdout.readline()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client, job.pid
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.wait(30)
+
+
+class Load(threading.Thread):
+    """Requests one after the other until it is stopped."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        super().__init__(daemon=True)
+        self.client = client
+        self.statuses: list[int] = []
+        self.versions: set[str] = set()
+        self.running = True
+
+    def run(self) -> None:
+        while self.running:
+            try:
+                answer = self.client.post("/predict", content=png(0), headers={"content-type": "image/png"})
+            except httpx.TransportError:
+                self.statuses.append(0)
+                continue
+            self.statuses.append(answer.status_code)
+            if answer.status_code == 200:
+                self.versions.add(answer.json()["version"])
+
+
+def replica_pids() -> list[int]:
+    found = subprocess.run(["pgrep", "-f", "ray::ServeReplica:cifar"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    first = store.publish(str(save(tmp_path / "one", 1)), "flowers")
+    store.promote(first)
+    flags = ("--model", "flowers", "--store", store.path, "--replicas", "2", "--poll-seconds", "0.2")
+    with served(*flags) as (client, _):
+        loads = [Load(client) for _ in range(4)]
+        for load in loads:
+            load.start()
+        second = store.publish(str(save(tmp_path / "two", 2)), "flowers")
+        store.promote(second)
+        wait_until(lambda: all(second.version in load.versions for load in loads))
+        store.roll_back("flowers")
+        wait_until(lambda: client.get("/models").json()["default"] == first.version)
+        time.sleep(1)
+        assert {status for load in loads for status in load.statuses} == {200}
+
+        replicas = [*re.findall(r'cifar_requests_total\{replica="(\w+)",route="/predict"', client.get("/metrics").text)]
+        assert len(set(replicas)) == 2  # any replica tells the counts of all
+        os.kill(replica_pids()[0], signal.SIGKILL)
+        wait_until(lambda: len(replica_pids()) == 2, 60)
+        for load in loads:
+            load.running = False
+            load.join()
+        failed = [status for load in loads for status in load.statuses if status != 200]
+        assert len(failed) <= len(loads)  # what was in flight on it
+    wait_until(lambda: not replica_pids())
+
+
+def wait_until(holds: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_model_in_the_box_is_served_and_nothing_stays_behind() -> None:
+    with served() as (client, pid):
+        (answer,) = client.post("/predict", files={"files": ("x.png", png(0))}).json()["predictions"]
+        assert len(answer["probabilities"]) == 10
+        assert client.get("/").status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
+        listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=False).stdout
+        for line in listening.splitlines():
+            assert "haproxy" not in line or "127.0.0.1:" in line
+    left = subprocess.run(["pgrep", "-f", "cifar-haproxy"], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+
+
+def test_a_taken_port_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main(["--port", str(port)]) == 2
+    assert f"--port {port}: cannot listen there" in capsys.readouterr().err
+
+
+def test_the_file_for_serve_deploy_names_what_exists() -> None:
+    (application,) = yaml.safe_load((ROOT / "cluster/serve.yaml").read_text())["applications"]
+    assert application["import_path"] == "cifar.serve.deployment:build"
+    assert build(application["args"]) is not None
+    with pytest.raises(ValueError, match="unknown replica;"):
+        build({"replica": 2})
