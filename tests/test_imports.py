@@ -20,7 +20,7 @@ LAYERS = [
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate"},
-    {"train", "report"},
+    {"train", "report", "serve"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
