@@ -34,8 +34,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[tuple[httpx.Client, int]]:
-    """A client of the service, and the process id of its job."""
+def served(*flags: str) -> Iterator[httpx.Client]:
+    """A client of the service."""
     port = free_port()
     command = [sys.executable, "jobs/serve.py", "--port", str(port), "--device", "cpu", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -44,7 +44,7 @@ def served(*flags: str) -> Iterator[tuple[httpx.Client, int]]:
         assert job.stdout is not None
         assert f"http://127.0.0.1:{port}/" in job.stdout.readline()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield client, job.pid
+            yield client
     finally:
         job.send_signal(signal.SIGTERM)
         job.wait(30)
@@ -82,7 +82,7 @@ def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
     first = store.publish(str(save(tmp_path / "one", 1)), "flowers")
     store.promote(first)
     flags = ("--model", "flowers", "--store", store.path, "--replicas", "2", "--poll-seconds", "0.2")
-    with served(*flags) as (client, _):
+    with served(*flags) as client:
         loads = [Load(client) for _ in range(4)]
         for load in loads:
             load.start()
@@ -114,7 +114,7 @@ def wait_until(holds: Any, seconds: float = 30) -> None:
 
 
 def test_the_model_in_the_box_is_served_and_nothing_stays_behind() -> None:
-    with served() as (client, pid):
+    with served() as client:
         (answer,) = client.post("/predict", files={"files": ("x.png", png(0))}).json()["predictions"]
         assert len(answer["probabilities"]) == 10
         assert client.get("/").status_code == 200

@@ -7,8 +7,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -21,13 +19,12 @@ from starlette.exceptions import HTTPException
 import cifar
 from cifar.serve.errors import BadRequest, ServiceError, explain
 from cifar.serve.limits import Limits
+from cifar.serve.page import load_page
 from cifar.serve.protocol import protocol_router
 from cifar.serve.service import Answered, Service
 
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; img-src 'self' blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
+MULTIPART_BYTES = 4096
+"""What a form adds to one image, at most."""
 MOST_PARTS = 1000
 """Of a multipart body; the images among them are counted by the service."""
 
@@ -83,7 +80,7 @@ class VersionCard(BaseModel):
 class Models(BaseModel):
     name: str
     default: str
-    max_request_bytes: int
+    max_image_bytes: int
     max_images: int
     top_k: int
     versions: list[VersionCard]
@@ -199,7 +196,7 @@ def _routes(service: Service, gather: Callable[[], Awaitable[str]] | None) -> AP
         found = Models(
             name=service.name,
             default=selection.default.version,
-            max_request_bytes=service.config.max_request_bytes,
+            max_image_bytes=service.config.max_request_bytes - MULTIPART_BYTES,
             max_images=service.config.max_images,
             top_k=service.config.top_k,
             versions=cards,
@@ -227,8 +224,8 @@ def _routes(service: Service, gather: Callable[[], Awaitable[str]] | None) -> AP
     @routes.get("/", response_class=HTMLResponse)
     async def page() -> Response:
         """The web page."""
-        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page_html(), headers=headers)
+        html, headers = load_page()
+        return HTMLResponse(html, headers=headers)
 
     return routes
 
@@ -291,8 +288,3 @@ def to_json(answered: Answered, names: list[str | None], top_k: int, threshold: 
         }
         predictions.append(named | values)
     return {"model": answered.served.name, "version": answered.served.version, "predictions": predictions}
-
-
-@cache
-def page_html() -> str:
-    return (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
