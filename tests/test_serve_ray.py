@@ -34,8 +34,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[httpx.Client]:
-    """A client of the service."""
+def served(*flags: str) -> Iterator[tuple[httpx.Client, int]]:
+    """A client of the service, and the process id of its job."""
     port = free_port()
     command = [sys.executable, "jobs/serve.py", "--port", str(port), "--device", "cpu", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -44,7 +44,7 @@ def served(*flags: str) -> Iterator[httpx.Client]:
         assert job.stdout is not None
         assert f"http://127.0.0.1:{port}/" in job.stdout.readline()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield client
+            yield client, job.pid
     finally:
         job.send_signal(signal.SIGTERM)
         job.wait(30)
@@ -72,9 +72,23 @@ class Load(threading.Thread):
                 self.versions.add(answer.json()["version"])
 
 
-def replica_pids() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "ray::ServeReplica:cifar"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+def replica_pids(job: int) -> list[int]:
+    """Process ids of the replicas among the processes that the job started, and those these started."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_text()
+            names[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        parents[int(folder.name)] = int(status.split("PPid:")[1].split()[0])
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != job:
+            pid = parents[pid]
+        return pid == job
+
+    return [pid for pid, name in names.items() if name.startswith(b"ray::ServeReplica:") and descends(pid)]
 
 
 def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
@@ -82,7 +96,7 @@ def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
     first = store.publish(str(save(tmp_path / "one", 1)), "flowers")
     store.promote(first)
     flags = ("--model", "flowers", "--store", store.path, "--replicas", "2", "--poll-seconds", "0.2")
-    with served(*flags) as client:
+    with served(*flags) as (client, job):
         loads = [Load(client) for _ in range(4)]
         for load in loads:
             load.start()
@@ -96,14 +110,14 @@ def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
 
         replicas = [*re.findall(r'cifar_requests_total\{replica="(\w+)",route="/predict"', client.get("/metrics").text)]
         assert len(set(replicas)) == 2  # any replica tells the counts of all
-        os.kill(replica_pids()[0], signal.SIGKILL)
-        wait_until(lambda: len(replica_pids()) == 2, 60)
+        os.kill(replica_pids(job)[0], signal.SIGKILL)
+        wait_until(lambda: len(replica_pids(job)) == 2, 60)
         for load in loads:
             load.running = False
             load.join()
         failed = [status for load in loads for status in load.statuses if status != 200]
         assert len(failed) <= len(loads)  # what was in flight on it
-    wait_until(lambda: not replica_pids())
+    wait_until(lambda: not replica_pids(job))
 
 
 def wait_until(holds: Any, seconds: float = 30) -> None:
@@ -114,7 +128,7 @@ def wait_until(holds: Any, seconds: float = 30) -> None:
 
 
 def test_the_model_in_the_box_is_served_and_nothing_stays_behind() -> None:
-    with served() as client:
+    with served() as (client, _):
         (answer,) = client.post("/predict", files={"files": ("x.png", png(0))}).json()["predictions"]
         assert len(answer["probabilities"]) == 10
         assert client.get("/").status_code == 200
