@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PATHS := cifar jobs tests
 
-.PHONY: train test check fast lock clean
+.PHONY: train serve test check fast lock clean
 
 train: .venv/installed
 	$(BIN)/python jobs/train.py --data auto $(ARGS)
+
+serve: .venv/installed
+	$(BIN)/python jobs/serve.py $(ARGS)
 
 test: check
 	$(BIN)/pytest $(ARGS)

@@ -84,6 +84,7 @@ def make_deployment(config: ServeConfig, cpus: float = 1.0, threads: int = 0) ->
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "memory": REPLICA_MEMORY},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
+        logging_config={"enable_access_log": False},  # /metrics counts requests; a line for each costs
         **scaling,
     )
     return deployment.bind(config, threads)

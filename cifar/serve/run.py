@@ -35,6 +35,9 @@ def serving(config: ServeConfig, host: str, port: int) -> Iterator[str]:
     with ExitStack() as stack:
         if own:
             check_free(host, port)
+            # Threads of torch that wait for work by spinning take the core that the requests are read on: 8 % of the
+            # requests at 64 connections, 38 % at one, on two busy cores (medians of 3 alternating rounds).
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             proxy = stack.enter_context(own_proxy())
             stack.callback(ray.shutdown)
             # Not serve.shutdown, which waits 30 s for proxies that might not know yet.
