@@ -20,7 +20,7 @@ LAYERS = [
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate"},
-    {"train", "report"},
+    {"train", "report", "batch"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
@@ -40,7 +40,7 @@ WITHOUT_RAY = [
     "evaluate",
 ]
 TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
-ANSWERING = {"predictor", "evaluate", "report"}
+ANSWERING = {"predictor", "evaluate", "report", "batch"}
 
 
 def imported(path: Path) -> set[str]:
