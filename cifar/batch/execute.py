@@ -22,8 +22,6 @@ HERE_PIXEL_BYTES = 32 << 20
 HERE_ENCODED_BYTES = 64 << 20
 _AHEAD = 4
 """Decoded parts that wait for each actor, at most."""
-_TASK_RETRIES = 5
-"""Of a part whose actor dies. Actors themselves are restarted without end: machines may come and go for days."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +48,10 @@ class Plan:
     actor_gpus: int
     decode_cpus: float
     """Of each task that reads and decodes."""
+
+    def __str__(self) -> str:
+        has = "a GPU" if self.actor_gpus else "all cores of a node"
+        return f"plan: {self.actors} predicting with {has}{' each' * (self.actors > 1)}, beside tasks that decode"
 
 
 def make_plan(nodes: Sequence[Mapping[str, float]], device: str, parts: int) -> Plan:
@@ -83,9 +85,9 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
     import ray
     import ray.data
 
-    plan = make_plan([node["Resources"] for node in ray.nodes() if node["Alive"]], device, len(parts))
-    where = "a GPU" if plan.actor_gpus else "all cores of its node"
-    logger.info("plan: %d actors with %s each, %g CPU a decoding task", plan.actors, where, plan.decode_cpus)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    plan = make_plan(nodes, device, len(parts))
+    logger.info("%s", plan)
     files = ray.put({file.name: file.read_bytes() for file in model.iterdir() if file.is_file()})
     rows = [{"part": pickle.dumps(part)} for part in parts]
     parts_of_rows = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -96,16 +98,18 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
         object_store_memory=_AHEAD * plan.actors * largest + (64 << 20)
     )
     actor: Any = _Actor  # Ray's hints know functions only
-    answers = parts_of_rows.map(_decode_row, num_cpus=plan.decode_cpus).map(
+    # Ray Data would put both steps into the actor, one after the other, if their numbers were the same.
+    tasks = ray.data.TaskPoolStrategy(size=plan.actors + int(sum(node.get("CPU", 0.0) for node in nodes)))
+    answers = parts_of_rows.map(_decode_row, compute=tasks, num_cpus=plan.decode_cpus).map(
         actor,
         fn_constructor_args=(files, target, bool(plan.actor_gpus)),
-        compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=3),
+        # One part is predicted while another is written, and a third on its way. Ray Data restarts an actor that dies,
+        # and gives what it had to the next, without end: machines may come and go for days.
+        compute=ray.data.ActorPoolStrategy(
+            size=plan.actors, max_tasks_in_flight_per_actor=3, max_concurrent_calls_per_actor=2
+        ),
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus,
-        max_concurrency=2,
-        max_restarts=-1,
-        max_task_retries=_TASK_RETRIES,
-        scheduling_strategy="SPREAD",
     )
     for answer in answers.iter_rows():
         yield _checked(pickle.loads(answer["answer"]))

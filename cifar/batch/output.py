@@ -77,10 +77,12 @@ class Output:
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in bad], schema), sink)
         write_file(join(self.path, QUARANTINE), sink.getvalue())
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest: the last step, the job is not done for readers before it."""
-        write_file(join(self.path, MANIFEST), _json({"format_version": FORMAT} | manifest))
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the manifest: the last step, the job is not done for readers before it. Returns what it holds."""
+        data = _json({"format_version": FORMAT} | manifest)
+        write_file(join(self.path, MANIFEST), data)
         self.tidy()
+        return json.loads(data)
 
     def tidy(self) -> None:
         """Remove what a finished job needs no more, and what killed processes left behind."""

@@ -108,7 +108,7 @@ def predict_all(
                 write_report(folder, evaluation, command=command)
             names = ("count", "accuracy", "accuracy_ci95", "loss", "macro_f1")
             manifest["evaluation"] = {name: getattr(evaluation, name) for name in names}
-        output.finish(manifest)
+        manifest = output.finish(manifest)
     return Predicted(
         manifest=manifest,
         now=gathered.rows - before,
