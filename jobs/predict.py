@@ -14,7 +14,6 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.batch.run import predict_all, predict_picture
     from cifar.batch.source import is_picture
-    from cifar.cluster import start_ray
     from cifar.data.prepared import MANIFEST, QUARANTINE, join
     from cifar.store import find_model
 
@@ -26,13 +25,14 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
                 print(f"{probability:8.4f}  {label}")
             print(f"picture: {picture}")
             return vars(answer) | {"version": found.version, "picture": picture}
-        done = predict_all(flags, found, partial(start_ray, verbose=flags.verbose), command_line())
+        done = predict_all(flags, found, partial(_start_ray, flags.verbose), command_line())
     manifest = done.manifest
     if done.now:
         print(f"start-up {done.startup_seconds:.1f} s, then {done.images_per_second:,.0f} images/s")
     else:
         print("finished before: nothing left to do")
-    print(f"{manifest['predicted']:,} images predicted, {manifest['abstained']:,} of them abstained")
+    unsure = f", {manifest['abstained']:,} of them below --threshold {flags.threshold:g}" if flags.threshold else ""
+    print(f"{manifest['predicted']:,} images predicted{unsure}")
     if manifest["quarantined"]:
         print(f"{manifest['quarantined']:,} images cannot be read: {join(flags.output, QUARANTINE)}")
     if evaluation := manifest.get("evaluation"):
@@ -47,6 +47,12 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
         "images_per_second": done.images_per_second,
         "manifest": join(flags.output, MANIFEST),
     }
+
+
+def _start_ray(verbose: bool) -> None:
+    from cifar.cluster import start_ray  # its import takes a second, which small jobs do without
+
+    start_ray(verbose)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -364,6 +364,7 @@ def test_a_second_process_is_refused_while_the_first_writes(
         (["--input", "notes.txt"], "--input notes.txt: not an image; name an image"),
         (["--input", "odd.parquet"], "odd.parquet: needs a column img or image; it has a"),
         (["--input", "torn.parquet"], "torn.parquet: not a readable Parquet file"),
+        (["--input", "in", "--output", "notes.txt"], "notes.txt: cannot be made"),
         (["--input", "in", "--output", "in/out"], "--output in/out: lies in --input in"),
         (["--input", "in/000.png", "--output", "in"], "would replace the image"),
         (["--input", "in", "--device", "nonsense"], "--device nonsense"),
@@ -396,12 +397,23 @@ def test_bad_usage_is_one_clear_error_and_exit_2(
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("size", [(16, 16), (300, 40), (700, 900)])
+@pytest.mark.parametrize(
+    ("size", "orientation", "shown_size"),
+    [((16, 16), 1, (16, 16)), ((300, 40), 1, (300, 40)), ((700, 900), 1, (700, 900)), ((90, 60), 6, (60, 90))],
+    ids=["tiny", "wide", "large", "turned by EXIF"],
+)
 def test_one_picture_is_answered_and_shown_in_its_own_shape(
-    tmp_path: Path, model: str, size: tuple[int, int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    model: str,
+    size: tuple[int, int],
+    orientation: int,
+    shown_size: tuple[int, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(encode(Image.new("RGB", size, (200, 30, 30)), "jpeg"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.write_bytes(encode(Image.new("RGB", size, (200, 30, 30)), "jpeg", exif=exif))
     flags = ["--input", str(photo), "--output", str(tmp_path / "out"), "--model", model, "--top-k", "3", "--json"]
     assert predict.main(flags) == 0
     shown = capsys.readouterr().out.splitlines()
@@ -415,7 +427,7 @@ def test_one_picture_is_answered_and_shown_in_its_own_shape(
     rows, columns = np.nonzero(np.abs(picture - (200, 30, 30)).sum(2) < 20)
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     assert width > 250
-    assert height / width == pytest.approx(size[1] / size[0], rel=0.03)
+    assert height / width == pytest.approx(shown_size[1] / shown_size[0], rel=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -493,11 +505,11 @@ def test_a_gpu_that_no_node_has_is_refused() -> None:
 SMALL_PARTS = """
 import sys, time
 from cifar.batch import execute, source
-source._PART_ROWS = {rows}
+source._PART_ROWS = 16
 execute.HERE_PIXEL_BYTES = {here}
 decode = execute.decode_part
 def slowly(part):
-    time.sleep(0.03)
+    time.sleep(0.1)
     return decode(part)
 if {here}:
     execute.decode_part = slowly
@@ -509,8 +521,8 @@ sys.exit(predict.main(sys.argv[1:]))
 class Job:
     """`jobs/predict.py` with small parts in a process of its own, here or on Ray."""
 
-    def __init__(self, given: Path, output: Path, model: str, on_ray: bool, rows: int = 4):
-        code = SMALL_PARTS.format(rows=rows, here=0 if on_ray else 1 << 40)
+    def __init__(self, given: Path, output: Path, model: str, on_ray: bool):
+        code = SMALL_PARTS.format(here=0 if on_ray else 1 << 40)
         flags = ["--input", str(given), "--output", str(output), "--model", model]
         self._command = [sys.executable, "-c", code, *flags]
         self.output = output
@@ -551,7 +563,7 @@ def actors(driver: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(parquet: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """With 125 parts, in this process's own way."""
+    """32 parts, predicted in one process."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     assert Job(parquet, output, model, on_ray=False).start().wait(240) == 0
     return files(output)
@@ -562,7 +574,7 @@ def test_a_driver_that_is_killed_twice_changes_no_byte(
     tmp_path: Path, parquet: Path, model: str, undisturbed: dict[str, bytes]
 ) -> None:
     job = Job(parquet, tmp_path / "out", model, on_ray=False)
-    for after in (10, 60):
+    for after in (5, 20):
         driver = job.start()
         wait_for(lambda after=after: job.done() >= after, f"{after} parts")
         os.kill(driver.pid, signal.SIGKILL)
@@ -589,6 +601,24 @@ def test_on_ray_a_killed_actor_and_a_killed_driver_change_no_byte(
     assert not (tmp_path / "out/manifest.json").exists()
     assert job.start().wait(240) == 0
     assert files(tmp_path / "out") == undisturbed
+
+
+def test_files_that_a_node_wrote_elsewhere_are_missed(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_images(tmp_path / "in", 3)
+    monkeypatch.setattr("cifar.batch.part.write_file", lambda *_: None)
+    with pytest.raises(ConfigError, match="part-00000.*were written elsewhere; name a folder that every"):
+        run(folder, tmp_path / "out", model)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_small_jobs_do_without_ray(tmp_path: Path, model: str) -> None:
+    folder = write_images(tmp_path / "in", 2)
+    code = "import sys; sys.modules['ray'] = None; from jobs import predict; sys.exit(predict.main(sys.argv[1:]))"
+    for given in (folder, folder / "000.png"):
+        flags = ["--input", str(given), "--output", str(tmp_path / "out"), "--model", model]
+        subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
 
 
 def test_only_large_jobs_start_ray(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from cifar.batch.part import Decoded, PartPredictor, Summary, Target, decode_part
 from cifar.batch.source import Part
-from cifar.cluster import cpus_per_worker
 from cifar.config import ConfigError, RunFailed
 from cifar.machine import usable_cpus
 from cifar.predictor import Predictor
@@ -60,6 +59,8 @@ def make_plan(nodes: Sequence[Mapping[str, float]], device: str, parts: int) -> 
     A CPU of every node, or the half of its only one, is left to decoding: actors that held them all would wait for
     ever. ConfigError when the cluster has not what is asked for.
     """
+    from cifar.cluster import cpus_per_worker  # not above: it imports Ray, which small jobs do without
+
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
     if device not in ("auto", "cpu") and not gpus:
         raise ConfigError(f"--device {device}: the cluster has no GPU; use auto or cpu")

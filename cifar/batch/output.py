@@ -36,11 +36,14 @@ class Output:
     @contextmanager
     def claim(self, job: dict[str, Any]) -> Iterator[None]:
         """Make it this job's for as long as the block runs; ConfigError if it is, or holds, that of another."""
-        if isinstance(self._files, fs.LocalFileSystem):
-            self._files.create_dir(self._root)
+        try:
+            if isinstance(self._files, fs.LocalFileSystem):
+                self._files.create_dir(self._root)
+        except OSError as error:
+            raise ConfigError(f"--output {self.path}: cannot be made ({error}); name another folder") from error
         with locked(self.path, f"another process writes its predictions here; wait, or {_REMEDY}"):
             finished = self.manifest()
-            found = finished["job"] if finished else self._read(_JOB)
+            found = finished.get("job", {}) if finished else self._read(_JOB)
             if found is None:
                 if exists(join(self.path, "predictions")):
                     raise ConfigError(f"{self.path}: holds predictions of a job that is not known; {_REMEDY}")
@@ -58,7 +61,7 @@ class Output:
 
     def finished(self, numbers: Iterable[int]) -> list[Summary]:
         """Of those parts that are."""
-        sizes = {info.base_name: info.size for info in self._list("predictions")}
+        sizes = self._sizes()
         known = {info.base_name for info in self._list(STATE)}
         summaries = []
         for number in numbers:
@@ -67,7 +70,7 @@ class Output:
             # After a power failure a file can be there without its content: such a part is done again.
             with suppress(Exception):
                 summary = Summary.from_bytes(read_file(join(self.path, state_name(number))) or b"")
-                if sizes.get(os.path.basename(summary.name)) == summary.size:
+                if sizes.get(summary.name) == summary.size:
                     summaries.append(summary)
         return summaries
 
@@ -78,7 +81,16 @@ class Output:
         write_file(join(self.path, QUARANTINE), sink.getvalue())
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest: the last step, the job is not done for readers before it. Returns what it holds."""
+        """Write the manifest: the last step, the job is not done for readers before it. Returns what it holds.
+
+        ConfigError when files are not there in full: a node wrote them to a folder of its own.
+        """
+        sizes = self._sizes()
+        if missing := [part["name"] for part in manifest["parts"] if sizes.get(part["name"]) != part["bytes"]]:
+            raise ConfigError(
+                f"--output {self.path}: {len(missing)} files of predictions, such as {missing[0]}, were written "
+                "elsewhere; name a folder that every node of the cluster sees, or a URI"
+            )
         data = _json({"format_version": FORMAT} | manifest)
         write_file(join(self.path, MANIFEST), data)
         self.tidy()
@@ -92,6 +104,9 @@ class Output:
                     self._files.delete_file(info.path)
         if self._list(STATE):
             self._files.delete_dir(f"{self._root}/{STATE}")
+
+    def _sizes(self) -> dict[str, int]:
+        return {f"predictions/{info.base_name}": info.size for info in self._list("predictions")}
 
     def _list(self, folder: str) -> list[fs.FileInfo]:
         return self._files.get_file_info(fs.FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True))

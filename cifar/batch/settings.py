@@ -11,9 +11,10 @@ Format = Literal["parquet", "csv", "jsonl"]
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     input: str
-    """An image, a folder of images, or a Parquet file or folder; the last three may be s3:// or gs:// URIs."""
+    """An image, a folder of images, or a Parquet file or folder, on disk or behind an s3:// or gs:// URI; on a cluster
+    every node must be able to read it."""
     output: str = "./predictions"
-    """Folder or URI for the predictions; the same command again resumes or finds them finished."""
+    """Folder or URI for the predictions, which every node must be able to write; the same command again resumes."""
     model: str = ""
     """Folder or URI of a run or a model, or a published NAME, NAME@ALIAS or NAME/VERSION; empty: the one in the box."""
     store: str = "./models"

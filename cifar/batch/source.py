@@ -55,7 +55,10 @@ class Listing:
 def is_picture(path: str) -> bool:
     """Is it one file that is no Parquet file? ConfigError if there is nothing."""
     files, root = filesystem(path)
-    kind = files.get_file_info(root).type
+    try:
+        kind = files.get_file_info(root).type
+    except OSError as error:
+        raise ConfigError(f"--input {path}: cannot be looked up: {error}") from error
     if kind not in (fs.FileType.File, fs.FileType.Directory):
         raise ConfigError(f"--input {path}: does not exist; name an image, a folder or a Parquet path")
     return kind == fs.FileType.File and not root.endswith(".parquet")
