@@ -608,7 +608,7 @@ def test_files_that_a_node_wrote_elsewhere_are_missed(
 ) -> None:
     folder = write_images(tmp_path / "in", 3)
     monkeypatch.setattr("cifar.batch.part.write_file", lambda *_: None)
-    with pytest.raises(ConfigError, match="part-00000.*were written elsewhere; name a folder that every"):
+    with pytest.raises(ConfigError, match=r"part-00000.*were written elsewhere; name a folder that every"):
         run(folder, tmp_path / "out", model)
     assert not (tmp_path / "out/manifest.json").exists()
 
