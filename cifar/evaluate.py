@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 
 from cifar.config import ConfigError
 from cifar.data.prepared import Arrays, Prepared
-from cifar.model_dir import ModelInfo
+from cifar.model_dir import LoadedModel, ModelInfo
 from cifar.predictor import Predictor
 
 NUM_BINS = 15
@@ -119,7 +119,31 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
     rows = _score_all(predictor, prepared.batches(split, predictor.batch_size), worst)
     seconds = time.perf_counter() - started_at
 
-    classes = prepared.classes
+    return assess(
+        rows,
+        worst.mistakes(prepared, split),
+        predictor,
+        data=prepared.source,
+        split=split,
+        fingerprint=prepared.fingerprint,
+        device=str(predictor.device),
+        seconds=seconds,
+    )
+
+
+def assess(
+    rows: Rows,
+    mistakes: list[Mistake],
+    model: LoadedModel | Predictor,
+    *,
+    data: str,
+    split: str,
+    fingerprint: str,
+    device: str,
+    seconds: float,
+) -> Evaluation:
+    """The numbers of at least one scored row, wherever and in how many pieces they were predicted in `seconds`."""
+    classes = model.info.classes
     numbers = range(len(classes))
     correct = rows.labels == rows.predictions
     matrix = confusion_matrix(rows.labels, rows.predictions, labels=numbers)
@@ -127,9 +151,9 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
     scores: Any = precision_recall_fscore_support(rows.labels, rows.predictions, labels=numbers, zero_division=zero)
     reliability = reliability_bins(rows.confidences, correct)
     return Evaluation(
-        data=prepared.source,
+        data=data,
         split=split,
-        fingerprint=prepared.fingerprint,
+        fingerprint=fingerprint,
         classes=classes,
         count=len(correct),
         accuracy=float(correct.mean()),
@@ -145,11 +169,11 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
         ece=sum(b.count * abs(b.accuracy - b.confidence) for b in reliability) / len(correct),
         reliability=reliability,
         confused_pairs=confused_pairs(matrix, classes),
-        mistakes=worst.mistakes(prepared, split),
-        device=str(predictor.device),
+        mistakes=mistakes,
+        device=device,
         images_per_second=len(correct) / seconds,
-        train_seconds=_seconds(predictor.metrics.get("train_seconds")),
-        model=predictor.info,
+        train_seconds=_seconds(model.metrics.get("train_seconds")),
+        model=model.info,
     )
 
 
@@ -225,11 +249,14 @@ class Worst:
             )
             (heapq.heapreplace if full else heapq.heappush)(self._heap, (mistake.loss, -mistake.index, mistake))
 
+    def found(self) -> list[Mistake]:
+        """Worst first, without their ids."""
+        return [mistake for _, _, mistake in sorted(self._heap, reverse=True)]
+
     def mistakes(self, prepared: Prepared, split: str) -> list[Mistake]:
         """Worst first, with their ids."""
-        if not self._heap:
+        if not (found := self.found()):
             return []
-        found = [mistake for _, _, mistake in sorted(self._heap, reverse=True)]
         table = prepared.table(split, columns=["index", "id"])
         wanted = np.isin(table.column("index").to_numpy(), [mistake.index for mistake in found])
         table = table.filter(pa.array(wanted))

@@ -42,16 +42,7 @@ class RunDir:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process on this machine from training the same run; ConfigError if one does."""
-        if "://" in self.path:
-            yield
-            return
-        with open(Path(self.path) / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path}: another process trains this run; wait, or give another --name"
-                ) from None
+        with locked(self.path, "another process trains this run; wait, or give another --name"):
             yield
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
@@ -81,6 +72,20 @@ class RunDir:
         """Text of a file of the folder; None if there is none."""
         data = read_file(join(self.path, name))
         return None if data is None else data.decode()
+
+
+@contextmanager
+def locked(path: str, refusal: str) -> Iterator[None]:
+    """Keep a second process on this machine out of an existing folder: it gets a ConfigError. A URI is not locked."""
+    if "://" in path:
+        yield
+        return
+    with open(Path(path) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path}: {refusal}") from None
+        yield
 
 
 @contextmanager

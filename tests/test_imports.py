@@ -20,7 +20,7 @@ LAYERS = [
     {"data", "loop", "model_dir"},
     {"cluster", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
-    {"train", "report", "serve"},
+    {"train", "report", "serve", "batch"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
@@ -42,7 +42,7 @@ WITHOUT_RAY = [
     "export",
 ]
 TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
-ANSWERING = {"predictor", "evaluate", "export", "report", "serve"}
+ANSWERING = {"predictor", "evaluate", "export", "report", "batch", "serve"}
 
 
 def imported(path: Path) -> set[str]:

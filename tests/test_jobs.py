@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from cifar.config import Config
 from jobs import evaluate, prepare, train
 from tests.flags import TINY
+from tests.images import png
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
@@ -94,16 +98,39 @@ def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) ->
     assert sorted({Path(command[1]).stem for command in commands}) == JOBS
     environment = os.environ | {"CIFAR10_DIR": str(parquet)}
     shorter = {"jobs/train.py": ["--epochs", "2"], "jobs/benchmark.py": ["--epochs", "2", "--budget", "0.05"]}
+    (tmp_path / "photo.jpg").write_bytes(png(0))
     for command in commands:
         _, job, *flags = command
         flags += shorter.get(job, [])
         named = [flag.replace("NAME", run.name) for flag in flags for run in [*tmp_path.glob("runs/*"), ROOT][:1]]
-        done = subprocess.run([sys.executable, ROOT / job, *named], cwd=tmp_path, env=environment, check=False)
+        command = [sys.executable, str(ROOT / job), *named]
+        if job == "jobs/serve.py":
+            serve_once(command, tmp_path)
+            continue
+        done = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
         assert done.returncode == 0, command
     assert (tmp_path / "data-report/data_report.html").exists()
     assert len(list(tmp_path.glob("runs/*/report.html"))) == 2
     assert (tmp_path / "report/report.html").exists()
     assert json.loads((tmp_path / "benchmark/benchmark.json").read_text())["stages"]
+    assert (tmp_path / "predictions/photo.png").exists()
+    assert (tmp_path / "model.onnx").exists()
+
+
+def serve_once(command: list[str], folder: Path) -> None:
+    """Start the service, ask it once, end it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    job = subprocess.Popen([*command, "--port", port], cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout is not None
+        assert "serving" in job.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/models", timeout=30) as answer:
+            assert json.loads(answer.read())["name"] == "cifar10"
+    finally:
+        job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 0
 
 
 def test_output_that_nobody_reads_is_no_traceback() -> None:

@@ -4,43 +4,26 @@ import hashlib
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
-from cifar.config import ConfigError, Resize
-from cifar.data.decode import EMPTY, FILE_TOO_LARGE, MAX_BYTES, BadImage, decode_row
-from cifar.data.prepared import SPLITS, Part, filesystem, join
+from cifar.config import Resize
+from cifar.data.decode import BadImage, decode_row
+from cifar.data.prepared import SPLITS, Part, filesystem
+from cifar.data.read import Piece, read_piece
 from cifar.data.splits import TEST, TRAIN
 
 MISSING, OUT_OF_RANGE = -1, -2
 LABEL_REASONS = {MISSING: "label missing", OUT_OF_RANGE: "label out of range"}
 
-_READ_BYTES = 16 << 20
-_READ_THREADS = 16
-
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
-    number: int
-    source: str
-    """Folder or URI that `names` are relative to."""
-    names: list[str]
-    """An image file per row; or the one Parquet file that holds the rows."""
-    column: str | None
-    """Image column of the Parquet file; None for image files."""
-    first: int
-    """Row of the Parquet file at which the chunk begins."""
-    row_bytes: int
-    """Encoded bytes of a row, on average."""
-    indices: np.ndarray
-    """int64 (N,), row numbers over the whole source."""
+class Chunk(Piece):
     labels: np.ndarray
     """int32 (N,), classes, or MISSING or OUT_OF_RANGE."""
     splits: np.ndarray
@@ -89,7 +72,7 @@ def convert_chunk(chunk: Chunk) -> Summary:
     """Decode the chunk's rows into `target`/<split>/part-<number>.parquet. Bad rows are returned, not written."""
     summary = Summary(number=chunk.number, rows=len(chunk.labels))
     writers: dict[int, _PartWriter] = {}
-    columns = zip(chunk.indices.tolist(), chunk.labels.tolist(), chunk.splits.tolist(), _rows(chunk), strict=True)
+    columns = zip(chunk.indices.tolist(), chunk.labels.tolist(), chunk.splits.tolist(), read_piece(chunk), strict=True)
     for index, label, split, (row_id, path, data) in columns:
         try:
             if label < 0:
@@ -109,56 +92,6 @@ def convert_chunk(chunk: Chunk) -> Summary:
     for split in summary.splits.keys() - {TRAIN, TEST}:
         summary.splits[split].hashes = np.empty(0, np.uint64)
     return summary
-
-
-def _rows(chunk: Chunk) -> Iterator[tuple[str, str, bytes | BadImage]]:
-    """Id, path and bytes of each row."""
-    try:
-        yield from _file_rows(chunk) if chunk.column is None else _parquet_rows(chunk, chunk.column)
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{chunk.source}: cannot be read: {error}") from error
-
-
-def _file_rows(chunk: Chunk) -> Iterator[tuple[str, str, bytes | BadImage]]:
-    files, root = filesystem(chunk.source)
-
-    def read(name: str) -> bytes | BadImage:
-        try:
-            with files.open_input_file(f"{root}/{name}") as stream:
-                return stream.read() if stream.size() <= MAX_BYTES else BadImage(FILE_TOO_LARGE)
-        except (FileNotFoundError, PermissionError):
-            return BadImage("cannot be read")
-
-    at_once = max(1, min(64, _READ_BYTES // chunk.row_bytes))
-    # Threads hide the latency of an object store; on a disk they only cost.
-    with ThreadPoolExecutor(1 if isinstance(files, fs.LocalFileSystem) else _READ_THREADS) as pool:
-        for start in range(0, len(chunk.names), at_once):
-            names = chunk.names[start : start + at_once]
-            for name, data in zip(names, pool.map(read, names), strict=True):
-                yield name, join(chunk.source, name), data
-
-
-def _parquet_rows(chunk: Chunk, column: str) -> Iterator[tuple[str, str, bytes | BadImage]]:
-    files, root = filesystem(chunk.source)
-    (name,) = chunk.names
-    path = join(chunk.source, name)
-    at_once = max(1, min(1024, _READ_BYTES // chunk.row_bytes))
-    first, last = chunk.first, chunk.first + len(chunk.labels)
-    # Without a buffer size a whole column chunk is read at once, which may be gigabytes.
-    with files.open_input_file(f"{root}/{name}") as stream, pq.ParquetFile(stream, buffer_size=1 << 20) as file:
-        ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
-        groups = np.flatnonzero((ends > first) & (np.r_[0, ends[:-1]] < last))
-        row = int(np.r_[0, ends][groups[0]])
-        batches = file.iter_batches(at_once, row_groups=groups.tolist(), columns=[column], use_threads=False)
-        for batch in batches:
-            low, high = max(first - row, 0), min(last - row, len(batch))
-            if low < high:
-                for place, value in enumerate(batch.column(0).slice(low, high - low).to_pylist(), start=row + low):
-                    data, inner = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
-                    yield inner or f"{name}#{place}", path, data if data else BadImage(EMPTY)
-            row += len(batch)
-            if row >= last:
-                return
 
 
 class _PartWriter:

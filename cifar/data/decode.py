@@ -3,6 +3,8 @@
 import functools
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,22 +73,37 @@ def fit_square(pixels: np.ndarray, image_size: int, resize: Resize) -> np.ndarra
     return np.asarray(_to_square(Image.fromarray(pixels, "RGB"), image_size, resize))
 
 
+def decode_whole(data: bytes) -> np.ndarray:
+    """uint8 (H,W,3) RGB as `decode` gives it, but of the whole image in its own size."""
+    image = _open(data)
+    with _damage():
+        image.load()
+        return np.asarray(_to_rgb(_upright(image)))
+
+
 def decode_row(data: bytes, image_size: int, resize: Resize) -> Decoded:
     """`decode` with what the data report says about the original."""
     image = _open(data)
     size, mode = image.size, image.mode
-    try:
-        # JPEG can decode at 1/2, 1/4 or 1/8 for a fraction of the time; twice the target keeps the resize honest.
+    # JPEG can decode at 1/2, 1/4 or 1/8 for a fraction of the time; twice the target keeps the resize honest.
+    with _damage():
         image.draft(mode, (2 * image_size, 2 * image_size))
         image.load()
         pixels = _to_square(_to_rgb(_upright(image)), image_size, resize).tobytes()
+    return Decoded(pixels, size, mode)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """What goes wrong with pixels, as a BadImage."""
+    try:
+        yield
     except BadImage:
         raise
     except MemoryError as error:
         raise BadImage(TOO_LARGE) from error
     except Exception as error:  # a damaged file can raise anything from a codec
         raise BadImage(DAMAGED) from error
-    return Decoded(pixels, size, mode)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -18,7 +18,7 @@ from cifar.data.sources import SPLIT_FOLDERS, Source, parquet_split
 from cifar.data.splits import TRAIN, cut_missing
 
 _IMAGE_COLUMNS = ("img", "image")
-_LABEL_COLUMNS = ("label", "fine_label")
+LABEL_COLUMNS = ("label", "fine_label")
 _MAX_CLASSES = 100_000
 _CHUNK_ROWS = 8192
 _CHUNK_PIXEL_BYTES = 64 << 20
@@ -121,12 +121,12 @@ def _parquet_labels(source: Source) -> Labels:
         try:
             with filesystem_.open_input_file(f"{root}/{file.name}") as stream, pq.ParquetFile(stream) as parquet:
                 image, label = _columns(parquet.schema_arrow, where)
-                names = _agreed(names, _class_names(parquet.schema_arrow, label), where)
+                names = agreed(names, class_names(parquet.schema_arrow, label), where)
                 column = parquet.read([label]).column(0)
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{where}: not a readable Parquet file: {error}") from error
-        codes.append(_encode(column, uniques, where))
+        codes.append(encode_labels(column, uniques, where))
         if max(len(uniques), len(names or ())) > _MAX_CLASSES:
             raise ConfigError(f"{where}: column {label} holds more than {_MAX_CLASSES:,} classes; are they labels?")
         splits.append(np.full(len(column), TRAIN if split is None else split, np.int8))
@@ -135,22 +135,27 @@ def _parquet_labels(source: Source) -> Labels:
 
 
 def _columns(schema: pa.Schema, where: str) -> tuple[str, str]:
+    image = find_image_column(schema, where)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if label is None:
+        raise ConfigError(f"{where}: needs a column label beside {image}; it has {', '.join(schema.names)}")
+    return image, label
+
+
+def find_image_column(schema: pa.Schema, where: str) -> str:
     image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
-    label = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
-    if image is None or label is None:
-        raise ConfigError(
-            f"{where}: needs a column img or image and a column label; it has {', '.join(schema.names) or 'none'}"
-        )
+    if image is None:
+        raise ConfigError(f"{where}: needs a column img or image; it has {', '.join(schema.names) or 'none'}")
     kind = schema.field(image).type
     binary = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(binary) or pa.types.is_large_binary(binary)):
         raise ConfigError(
             f"{where}: column {image} is {kind}; it must hold encoded images, as bytes or struct of bytes"
         )
-    return image, label
+    return image
 
 
-def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
+def class_names(schema: pa.Schema, label: str) -> list[str] | None:
     """As Hugging Face's datasets writes them into the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -160,7 +165,7 @@ def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     return [str(name) for name in names] or None
 
 
-def _agreed(names: list[str] | None, found: list[str] | None, where: str) -> list[str] | None:
+def agreed(names: list[str] | None, found: list[str] | None, where: str) -> list[str] | None:
     """Class names of all files: labels are places in this one list. A file may leave it out."""
     if found is None:
         return names
@@ -172,7 +177,7 @@ def _agreed(names: list[str] | None, found: list[str] | None, where: str) -> lis
     return found
 
 
-def _encode(column: pa.ChunkedArray, uniques: dict[Any, int], where: str) -> np.ndarray:
+def encode_labels(column: pa.ChunkedArray, uniques: dict[Any, int], where: str) -> np.ndarray:
     """Codes int64 (N,) into `uniques`, which grows; -1 for null and for the empty string."""
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())

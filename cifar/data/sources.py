@@ -40,7 +40,7 @@ class Source:
     """Sorted by name."""
     parquet: bool
     single: bool
-    """One Parquet file was named, not a folder: its name says nothing about splits."""
+    """A file was named, not a folder: its name says nothing about splits."""
 
 
 def find(data: str) -> Source:
@@ -51,14 +51,25 @@ def find(data: str) -> Source:
     try:
         info = files.get_file_info(root)
         if info.type == fs.FileType.File and root.endswith(".parquet"):
-            file = _file(info, os.path.dirname(root))
-            return Source(name=name, path=parent(path), files=[file], parquet=True, single=True)
+            return single_file(name, path, info)
         if info.type != fs.FileType.Directory:
             state = "is no folder and no Parquet file" if info.type == fs.FileType.File else "does not exist"
             raise ConfigError(f"--data {data}: {state}; named sets are {', '.join(named.NAMES)}")
-        infos = files.get_file_info(fs.FileSelector(root, recursive=True))
+        return folder(name, path)
     except OSError as error:
         raise ConfigError(f"--data {data}: cannot be listed: {error}") from error
+
+
+def single_file(name: str, path: str, info: fs.FileInfo) -> Source:
+    """The source of a file that was named itself: `path`, of which `info` tells."""
+    file = _file(info, os.path.dirname(info.path))
+    return Source(name=name, path=parent(path), files=[file], parquet=file.name.endswith(".parquet"), single=True)
+
+
+def folder(name: str, path: str) -> Source:
+    """The Parquet files below a folder; where there are none, all files but what is hidden or beside the images."""
+    files, root = filesystem(path)
+    infos = files.get_file_info(fs.FileSelector(root, recursive=True))
     # Opening a pipe, socket or device, which Arrow calls unknown, could wait for ever.
     shut = (fs.FileType.Directory, fs.FileType.Unknown)
     found = sorted(_file(info, root) for info in infos if info.type not in shut)
