@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cifar.config import Config, ConfigError, Precision, TestTimeAugmentation
 from cifar.data.decode import decode, fit_square
@@ -193,11 +193,21 @@ class Predictor:
     def _logits(self, images: Tensor) -> Tensor:
         tta = self.info.config.model.tta
         with autocast(self.precision, self.device):
-            logits = mean_logits(self._model, images, tta)
+            logits = mean_logits(self._ask, images, tta)
             reduced = torch.is_autocast_enabled(self.device.type)
         if reduced and len(close := _below(CLOSE, logits)):
-            logits = logits.index_copy(0, close, mean_logits(self._model, images[close], tta))
+            logits = logits.index_copy(0, close, mean_logits(self._ask, images[close], tta))
         return logits
+
+    def _ask(self, images: Tensor) -> Tensor:
+        """The network's logits (B,C), the same for an image whatever comes with it.
+
+        Alone an image is computed by other kernels: in bfloat16 one of 256 probabilities differed, by 6e-5. Twice in a
+        batch it takes 15 % longer, and does not.
+        """
+        if len(images) == 1 and torch.is_autocast_enabled(self.device.type):
+            return self._model(torch.cat([images, images]))[:1]
+        return self._model(images)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         """uint8 (B,3,S,S) on the device."""
@@ -229,7 +239,7 @@ def _image_bytes(config: Config) -> int:
     return PLANES * 4 * max(count * side**2 for count, side in zip(channels, sides, strict=True))
 
 
-def mean_logits(model: nn.Module, images: Tensor, tta: TestTimeAugmentation) -> Tensor:
+def mean_logits(model: Callable[[Tensor], Tensor], images: Tensor, tta: TestTimeAugmentation) -> Tensor:
     """Logits (B,C) of uint8 images (B,3,S,S): for those of which the network is unsure, the mean over several views.
 
     The views are those of airbench (Jordan 2024, arXiv 2404.00498): the image and its mirror image; `shift` gives these
