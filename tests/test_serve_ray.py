@@ -17,7 +17,8 @@ import httpx2 as httpx
 import pytest
 import yaml
 
-from cifar.serve.deployment import build
+from cifar.serve.config import ServeConfig
+from cifar.serve.deployment import build, gpus_of
 from cifar.store import Store
 from jobs import serve
 from tests.images import png
@@ -153,3 +154,14 @@ def test_the_file_for_serve_deploy_names_what_exists() -> None:
     assert build(application["args"]) is not None
     with pytest.raises(ValueError, match="unknown replica;"):
         build({"replica": 2})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"), [("auto", 2, 1), ("auto", 1, 0), ("auto", 0, 0), ("cpu", 8, 0), ("cuda", 0, 1)]
+)
+def test_a_replica_gets_a_gpu_where_there_is_one_for_each(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, expected: int
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8, "GPU": gpus})
+    assert gpus_of(ServeConfig(replicas="1:2", device=device)) == expected

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any
 
+import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -74,14 +75,13 @@ def make_deployment(config: ServeConfig, cpus: float = 1.0, threads: int = 0) ->
     if high > low:
         limits = {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": ONGOING}
         scaling = {"autoscaling_config": {**limits, "upscale_delay_s": 5, "downscale_delay_s": 60}}
-    gpus = 1 if config.device.startswith("cuda") else 0
     wrapped: Any = serve.ingress(None)(Replica)
     deployment: Any = serve.deployment(
         wrapped,
         name="cifar",
         # The queue of the service is the bound: it counts images, and says 503 with Retry-After.
         max_ongoing_requests=10 * config.max_queue,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus, "memory": REPLICA_MEMORY},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus_of(config), "memory": REPLICA_MEMORY},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
         logging_config={"enable_access_log": False},  # /metrics counts requests; a line for each costs
@@ -96,6 +96,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     if unknown := sorted(args.keys() - known):
         raise ValueError(f"args: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return make_deployment(ServeConfig(**args))
+
+
+def gpus_of(config: ServeConfig) -> int:
+    """Of each replica: one where a GPU is asked for, or the cluster has one for every replica."""
+    if config.device != "auto":
+        return int(config.device != "cpu")
+    return int(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= config.replica_counts[1])
 
 
 def threads_of(replicas: int) -> int:
