@@ -73,7 +73,7 @@ def test_the_document_says_what_is_answered(documented: Any) -> None:
                 derandomize=True,
                 database=None,
                 phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
             )(given(cases)(check))()
     assert {("predict", 200), ("predict", 400), ("predict", 422), ("infer", 200), ("infer", 400)} < answered
 
@@ -146,7 +146,7 @@ BODIES: list[tuple[str, bytes, str]] = [
 def test_a_hostile_body_is_refused_in_one_sentence_and_at_once(place: int, client: TestClient) -> None:
     path, body, kind = BODIES[place]
     started_at = time.process_time()
-    answer = client.post(path, content=body, headers={"content-type": kind.encode("latin-1")})
+    answer = client.post(path, content=body, headers=[(b"content-type", kind.encode("latin-1"))])
     assert time.process_time() - started_at < 2
     assert 200 <= answer.status_code < 500, answer.text[:500]
     assert answer.headers["content-type"].startswith(JSON)
@@ -224,7 +224,7 @@ def test_nothing_is_left_and_nothing_was_logged(
     client: TestClient, service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
     for path, body, kind in BODIES[::3]:
-        client.post(path, content=body, headers={"content-type": kind.encode("latin-1")})
+        client.post(path, content=body, headers=[(b"content-type", kind.encode("latin-1"))])
     assert not caplog.records
     assert (service._queue.size, service._decoding, service._tasks) == (0, 0, set())
     assert 'cifar_request_bytes{replica="local"} 0.0' in client.get("/metrics").text

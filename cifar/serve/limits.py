@@ -42,9 +42,9 @@ class Body:
 class Limits:
     """ASGI middleware: reads the whole body before the app sees the request, and counts and times what comes back.
 
-    A body that is too large gets 413, one that takes too long 408. All of them together are bounded, too: where there is
-    no room for more, the one that is still arriving and has held most for longest gets 503 with Retry-After, so that
-    many slow clients do not stop the others.
+    A body that is too large gets 413, one that takes too long 408. All of them together are bounded, too: where there
+    is no room for more, the one that is still arriving and has held most for longest gets 503 with Retry-After, so
+    that many slow clients do not stop the others.
     """
 
     def __init__(self, app: Any, max_bytes: int, seconds: float, metrics: Metrics) -> None:
