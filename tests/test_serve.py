@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,7 +191,17 @@ def test_models_health_and_page(client: TestClient, store: Store) -> None:
 def test_the_documents_name_every_status(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths["/predict"]["post"]["responses"]) >= {"200", "400", "404", "408", "413", "422", "500", "503"}
-    assert client.get("/docs").status_code == 200
+
+
+def test_the_documentation_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert len(parts) >= 2
+    for part in parts:
+        assert part.startswith("/")
+        assert client.get(part).status_code == 200
+    assert "://" not in page.text
 
 
 def test_a_folder_needs_no_store(run: Path) -> None:

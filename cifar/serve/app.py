@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -131,7 +132,9 @@ def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = Non
         following.cancel()
         service.close()
 
-    app = FastAPI(
+    # FastAPI's own page of documentation loads its scripts from elsewhere: offline it stays empty.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="cifar",
         version=cifar.__version__,
         description="Classifies images by a published model.",
