@@ -29,6 +29,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, 2**31 - 1) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def return_freed_memory() -> bool:
+    """Hand back what `keep_freed_memory` kept; False if there was nothing, or no glibc. Takes milliseconds."""
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     try:
         lines = cpuinfo.read_text().splitlines()
@@ -64,6 +72,14 @@ def peak_memory(status: Path = Path("/proc/self/status")) -> int:
     """Bytes that this process held in memory at most so far; 0 where the system does not say."""
     try:
         return 1024 * _entry(status.read_text(), "VmHWM:")
+    except (OSError, ValueError):
+        return 0
+
+
+def resident_memory(status: Path = Path("/proc/self/status")) -> int:
+    """Bytes that this process holds in memory now; 0 where the system does not say."""
+    try:
+        return 1024 * _entry(status.read_text(), "VmRSS:")
     except (OSError, ValueError):
         return 0
 

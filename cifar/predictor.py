@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar.config import Config, ConfigError, Precision, TestTimeAugmentation
-from cifar.data.decode import decode, fit_square
+from cifar.data.decode import decode, fit_square, pixels_to_decode
 from cifar.loop import autocast
 from cifar.machine import available_memory, keep_freed_memory, peak_memory
 from cifar.model_dir import LoadedModel, load_model
@@ -105,6 +105,10 @@ class Predictor:
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """The pixels (S,S,3) that the model takes of an encoded image; BadImage with the reason if there are none."""
         return decode(data, self.image_size, self.info.config.data.resize)
+
+    def pixels_to_decode(self, data: bytes) -> int:
+        """What `decode` will cost, from the image's header: pixels, 0 for what it will refuse at once."""
+        return pixels_to_decode(data, self.image_size)
 
     def fit(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         """Images (H,W,3) of any size as one array (N,S,S,3) of the model's; ValueError for other shapes and types."""

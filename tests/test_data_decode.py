@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-from cifar.data.decode import BadImage, decode
+from cifar.data.decode import BadImage, decode, pixels_to_decode
 from tests.images import bad_images, encode, noise
 
 
@@ -198,3 +198,25 @@ def test_huge_files_are_refused_by_their_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cifar.data.decode.MAX_BYTES", 100)
     with pytest.raises(BadImage, match="file too large"):
         decode(encode(Image.fromarray(noise(1))), 32, "crop")
+
+
+def test_pixels_to_decode_are_those_that_are_held():
+    photo = Image.new("RGB", (4000, 3000))
+    others = [encode(photo, "mpo", save_all=True, append_images=[photo]), encode(photo.convert("L"), "jpeg")]
+    for data in (encode(photo, "jpeg"), encode(photo, "jpeg", quality=95, subsampling=0, optimize=True), *others):
+        assert pixels_to_decode(data, 32) == 500 * 375
+        assert pixels_to_decode(data, 2000) == 4000 * 3000
+    for kind, options in (("png", {}), ("jpeg", {"progressive": True}), ("webp", {}), ("gif", {})):
+        assert pixels_to_decode(encode(photo, kind, **options), 32) == 4000 * 3000
+    assert pixels_to_decode(encode(Image.new("L", (50_000, 1))), 32) == 2 * 50_000
+    for data, _ in bad_images().values():
+        assert pixels_to_decode(data, 32) in (0, 32 * 32, 64 * 64)
+
+
+def test_progressive_jpegs_of_endless_scans_are_refused():
+    """Each scan of a few bytes is a pass over all pixels: 40 kB took a second."""
+    data = encode(Image.new("RGB", (64, 64)), "jpeg", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode(data[:-2] + 80 * scan + data[-2:], 8, "crop").shape == (8, 8, 3)
+    with pytest.raises(BadImage, match="bomb"):
+        decode(data[:-2] + 100 * scan + data[-2:], 8, "crop")

@@ -109,3 +109,17 @@ def test_kept_memory_is_not_paged_in_again() -> None:
     before, after = map(int, done.stdout.split())
     assert before > 100
     assert after < before / 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc's malloc")
+def test_kept_memory_can_be_returned() -> None:
+    code = """if True:
+        import torch
+        from cifar.machine import keep_freed_memory, resident_memory, return_freed_memory
+        assert keep_freed_memory()
+        torch.ones(2**24), torch.ones(2**24)
+        before = resident_memory()
+        assert return_freed_memory()
+        assert resident_memory() < before - 2**25, (before, resident_memory())
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from cifar.serve.errors import Busy, UnknownVersion
 from cifar.serve.limits import HELD_REQUESTS, Limits
 from cifar.serve.metrics import Metrics, merge
 from cifar.serve.queue import Queue
-from cifar.serve.service import CANARY_LEAST, Service
+from cifar.serve.service import CANARY_LEAST, KEPT_BYTES, TOOK_TOO_LONG, WAITING_REQUESTS, Service
 from cifar.serve.versions import CANARY, SHADOW
 from cifar.store import Store
 from tests.images import bad_images, encode, noise, png
@@ -190,7 +191,17 @@ def test_models_health_and_page(client: TestClient, store: Store) -> None:
 def test_the_documents_name_every_status(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths["/predict"]["post"]["responses"]) >= {"200", "400", "404", "408", "413", "422", "500", "503"}
-    assert client.get("/docs").status_code == 200
+
+
+def test_the_documentation_loads_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    parts = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert len(parts) >= 2
+    for part in parts:
+        assert part.startswith("/")
+        assert client.get(part).status_code == 200
+    assert "://" not in page.text
 
 
 def test_a_folder_needs_no_store(run: Path) -> None:
@@ -510,3 +521,82 @@ def test_arrays_are_answered_like_files(service: Service) -> None:
 
     answered = asyncio.run(run())
     np.testing.assert_array_equal(answered.probabilities[0], answered.probabilities[1])
+
+
+def test_many_slow_clients_do_not_stop_the_others() -> None:
+    """Where bodies fill all room, the one that has held most for longest makes place."""
+    statuses: dict[str, int] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    limits = Limits(app, max_bytes=1000, seconds=5, metrics=Metrics("r"))
+
+    async def ask(name: str, first: int, pause: float = 0.0) -> None:
+        messages = [part(first, True), part(1, False)]
+
+        async def receive() -> dict[str, Any]:
+            if len(messages) == 1:
+                await asyncio.sleep(pause)
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            statuses.setdefault(name, message.get("status", 0))
+
+        await limits({"type": "http", "headers": []}, receive, send)
+
+    async def run() -> None:
+        slow = [asyncio.create_task(ask(f"slow {place}", 900, 0.2)) for place in range(HELD_REQUESTS)]
+        await asyncio.sleep(0.05)
+        await asyncio.gather(*(ask(f"quick {place}", 500) for place in range(5)))
+        assert limits._held <= 1000 * HELD_REQUESTS
+        await asyncio.gather(*slow)
+
+    asyncio.run(run())
+    assert {statuses[f"quick {place}"] for place in range(5)} == {200}
+    assert [statuses[f"slow {place}"] for place in range(HELD_REQUESTS)].count(503) == 2
+    assert (limits._held, limits._arriving) == (0, {})
+
+
+def test_a_large_image_is_decoded_once_even_if_it_is_damaged(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = service.selection.default.predictor
+    decode, times = predictor.decode, []
+    monkeypatch.setattr(predictor, "decode", lambda data: (times.append(len(data)), decode(data))[1])
+    answered = asyncio.run(service.predict([png(0, 300)[:100_000], png(1, 300)]))
+    assert answered.errors == ["truncated or damaged", None]
+    assert len(times) == 2
+
+
+def test_a_request_gets_so_much_time_to_decode(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar.serve.service.DECODE_SECONDS", 0.0)
+    predictor = service.selection.default.predictor
+    monkeypatch.setattr(predictor, "decode", lambda data: (sum(range(100_000)), noise(0, 16))[1])
+    lying = encode(Image.new("RGB", (16, 16)), "avif")  # decoded apart, since its header may say less than it is
+    answered = asyncio.run(service.predict([lying, lying, lying]))
+    assert answered.errors == [None, TOOK_TOO_LONG, TOOK_TOO_LONG]
+
+
+def test_large_images_wait_in_bounds(service: Service) -> None:
+    service._decoding = WAITING_REQUESTS * 32_000_000 - 1000
+    with pytest.raises(Busy, match="large images"):
+        asyncio.run(service.predict([png(0)]))
+    service._decoding = 0
+    assert asyncio.run(service.predict([png(0)])).errors == [None]
+
+
+def test_freed_memory_is_returned_when_nobody_asks_or_it_is_much(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, returned = [0], []
+    monkeypatch.setattr("cifar.serve.service.resident_memory", lambda: held[0])
+    monkeypatch.setattr("cifar.serve.service.return_freed_memory", lambda: returned.append(held[0]))
+    for asked, now, trims in ((True, 100, False), (True, 99, False), (True, KEPT_BYTES + 101, True), (False, 7, False)):
+        returned.clear()
+        service._asked, held[0] = asked, now
+        service._tidy()
+        assert bool(returned) == trims
+    held[0] = 8
+    service._tidy()
+    assert returned == [8]

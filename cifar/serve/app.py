@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import cifar
-from cifar.serve.errors import BadRequest, ServiceError, explain
+from cifar.serve.errors import BadRequest, ServiceError, check_values, explain
 from cifar.serve.limits import Limits
 from cifar.serve.page import load_page
 from cifar.serve.protocol import protocol_router
@@ -27,6 +28,8 @@ MULTIPART_BYTES = 4096
 """What a form adds to one image, at most."""
 MOST_PARTS = 1000
 """Of a multipart body; the images among them are counted by the service."""
+MOST_NAME = 255
+"""Characters of a file's name in the answer."""
 
 
 class NamedImage(NamedTuple):
@@ -129,11 +132,14 @@ def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = Non
         following.cancel()
         service.close()
 
-    app = FastAPI(
+    # FastAPI's own page of documentation loads its scripts from elsewhere: offline it stays empty.
+    app = FastAPIOffline(
+        redoc_url=None,
         title="cifar",
         version=cifar.__version__,
         description="Classifies images by a published model.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect names the host that the request gave, whoever's that is
     )
     limits = {"max_bytes": service.config.max_request_bytes, "seconds": service.config.request_seconds}
     app.add_middleware(Limits, **limits, metrics=service.metrics)
@@ -142,12 +148,18 @@ def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = Non
     app.add_exception_handler(ServiceError, explain)
     app.add_exception_handler(RequestValidationError, _explain_validation)
     app.add_exception_handler(HTTPException, _explain_http)
+    app.add_exception_handler(Exception, _explain_failure)
     return app
 
 
 def _explain_validation(request: Request, error: Any) -> JSONResponse:
     sentence = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
     return JSONResponse({"error": sentence}, 400)
+
+
+def _explain_failure(request: Request, error: Any) -> JSONResponse:
+    """What nobody foresaw; the server logs it."""
+    return JSONResponse({"error": "the service failed; its log says why"}, 500)
 
 
 def _explain_http(request: Request, error: Any) -> JSONResponse:
@@ -234,18 +246,28 @@ async def read_images(request: Request) -> list[NamedImage]:
     """The images of a request by its content type."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        form = await request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS)
-        parts = [part for _, part in form.multi_items()]
-        images = [NamedImage(part.filename, await part.read()) for part in parts if isinstance(part, UploadFile)]
+        try:
+            async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
+                parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+                images = [NamedImage(file_name(part), await part.read()) for part in parts]
+        except (LookupError, ValueError):  # a charset that is none
+            raise BadRequest("the form cannot be read; send it as UTF-8") from None
         if not images:
             raise BadRequest("no files in the form; send each image as a file")
         return images
     body = await request.body()
     if kind == "application/json":
+        check_values(body)
         return [NamedImage(None, data) for data in from_json(body)]
     if not body:
         raise BadRequest("an empty body; send an image, a form with files, or JSON with images as base64")
     return [NamedImage(None, body)]
+
+
+def file_name(part: UploadFile) -> str | None:
+    """As it can be answered: no longer than file systems allow, and without half characters."""
+    name = part.filename
+    return None if name is None else name[:MOST_NAME].encode(errors="replace").decode()
 
 
 def from_json(body: bytes) -> list[bytes]:

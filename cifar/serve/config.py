@@ -30,6 +30,9 @@ class ServeConfig:
     """Images of one request."""
     max_request_mb: float = 32.0
     """Megabytes of one request; a replica holds at most 8 times as much of requests that it has not answered."""
+    max_megapixels: float = 32.0
+    """Megapixels that the images of one request may have together when decoded. A JPEG photo is decoded at a fraction
+    of its size, down to an eighth of each side, and counts as that."""
     request_seconds: float = 30.0
     """Time that a client has to send its request."""
     canary_share: float = 0.1
@@ -51,6 +54,7 @@ class ServeConfig:
             "max-queue": 1 <= self.max_queue <= 1_000_000,
             "max-images": 1 <= self.max_images <= self.max_queue,
             "max-request-mb": 0 < self.max_request_mb <= 1024,
+            "max-megapixels": 0 < self.max_megapixels <= 1000,
             "request-seconds": 0 < self.request_seconds <= 3600,
             "canary-share": 0 <= self.canary_share <= 1,
             "canary-max-errors": 0 <= self.canary_max_errors <= 1,
@@ -61,6 +65,7 @@ class ServeConfig:
             "replicas": "use a count such as 2, or a range such as 1:4",
             "max-images": f"use 1 to --max-queue, {self.max_queue}",
             "max-request-mb": "use more than 0, up to 1024",
+            "max-megapixels": "use more than 0, up to 1000",
             "request-seconds": "use more than 0 seconds, up to 3600",
             "canary-max-ms": "use 0 for no limit, or milliseconds",
             "poll-seconds": "use 0.05 to 3600 seconds",

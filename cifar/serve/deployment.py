@@ -19,7 +19,8 @@ from cifar.serve.metrics import merge
 from cifar.serve.service import Service
 
 REPLICA_MEMORY = 1 << 30
-"""Bytes that a replica asks for: torch and the requests that it holds."""
+"""Bytes that a replica asks for: what it holds with a small model. Large images at the limits may take twice as much
+again for a moment."""
 ONGOING = 100
 """Requests at a time that a replica is meant to have when their number follows the load: enough to fill batches."""
 PUBLISH_SECONDS = 1.0

@@ -1,6 +1,7 @@
 """Start the service: with a Ray and a proxy of its own on this machine, or on the cluster at $RAY_ADDRESS."""
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -22,6 +23,8 @@ from cifar.store import find_model
 
 APP = "cifar"
 STOP_SECONDS = 3
+IDLE_SECONDS = 60
+"""After which the proxy closes a connection in the middle of a request or an answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ def serving(config: ServeConfig, host: str, port: int) -> Iterator[str]:
             # Threads of torch that wait for work by spinning take the core that the requests are read on: 8 % of the
             # requests at 64 connections, 38 % at one, on two busy cores (medians of 3 alternating rounds).
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            proxy = stack.enter_context(own_proxy())
+            proxy = stack.enter_context(own_proxy(config.request_seconds))
             stack.callback(ray.shutdown)
             # Not serve.shutdown, which waits 30 s for proxies that might not know yet.
             stack.callback(end_processes, proxy, "-USR1")
@@ -71,7 +74,7 @@ def check_free(host: str, port: int) -> None:
 
 
 @contextmanager
-def own_proxy() -> Iterator[str]:
+def own_proxy(request_seconds: float) -> Iterator[str]:
     """Let Serve put HAProxy in front of the replicas, which forwards 6 times as many requests as its own proxy.
 
     Where there is no HAProxy for this machine, Serve's own does. The files and ports are of this service alone, and the
@@ -96,6 +99,8 @@ def own_proxy() -> Iterator[str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # An hour otherwise, for which a client that does nothing keeps its connection.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(max(request_seconds, IDLE_SECONDS))),
         "CIFAR_HAPROXY": binary,
     }
     os.environ.update(settings)

@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar.data.decode import BadImage
-from cifar.machine import usable_cpus
+from cifar.machine import resident_memory, return_freed_memory, usable_cpus
 from cifar.serve.config import ServeConfig
 from cifar.serve.errors import Busy, Failed, TooMany
 from cifar.serve.metrics import Metrics
@@ -28,6 +27,18 @@ Image: TypeAlias = bytes | NDArray[np.uint8]
 LARGE_BYTES = 32 << 10
 """Encoded images from here on are decoded by threads beside the computation; a smaller one takes less time than the way
 to another thread and back (a PNG of CIFAR-10: 45 us)."""
+LARGE_PIXELS = 1 << 16
+"""The same for the pixels, of which a few bytes may hold many."""
+HUGE_PIXELS = 1 << 22
+"""Images from here on are decoded one at a time: each takes up to 20 bytes for a pixel."""
+DECODE_SECONDS = 2.0
+"""Of one core for one request, beyond which the rest of its images get no answer. Only files that are made to take long
+get there: honest ones of so many pixels take less."""
+WAITING_REQUESTS = 8
+"""So many times the pixels of one request may wait to be decoded."""
+TOOK_TOO_LONG = "took too long to decode"
+KEPT_BYTES = 256 << 20
+"""What a busy replica may hold beyond what it needed last before it returns freed memory to the system."""
 CANARY_BATCHES = 200
 """The last batches that the canary's limits look at."""
 CANARY_LEAST = 20
@@ -54,10 +65,17 @@ class Service:
         self.config = config
         self.metrics = Metrics(replica)
         self._versions = Versions(config, warm_up)
-        self._queue: Queue[Served, Image, NDArray[np.float32] | str] = Queue(
+        self._queue: Queue[Served, Image | str, NDArray[np.float32] | str] = Queue(
             self._compute, config.max_batch, config.max_queue
         )
         self._decoders = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
+        self._huge = ThreadPoolExecutor(1, thread_name_prefix="huge")
+        self._decoding = 0
+        """Pixels that wait to be decoded or are."""
+        self._asked = False
+        """Since the last look at the memory."""
+        self._needed = 0
+        """Bytes held after freed memory was returned the last time."""
         self._canary: deque[float] = deque(maxlen=CANARY_BATCHES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,11 +108,12 @@ class Service:
         """
         if len(images) > self.config.max_images:
             raise TooMany(f"{len(images)} images; a request may hold {self.config.max_images}")
+        self._asked = True
         selection = self.selection
         served = selection.route(self.config.canary_share) if version is None else selection.find(version)
         try:
             answered = await self._answer(served, images)
-        except Busy:
+        except (Busy, TooMany):
             raise
         except Exception as error:
             if served is not selection.canary or version is not None:
@@ -113,10 +132,23 @@ class Service:
                 await loop.run_in_executor(None, self._versions.refresh)
             except Exception:
                 logger.exception("the versions stay as they are")
+            await loop.run_in_executor(None, self._tidy)
 
     def close(self) -> None:
         self._queue.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._huge):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _tidy(self) -> None:
+        """Return freed memory to the system when nobody asks, or much came together: peaks would stay otherwise."""
+        kept = KEPT_BYTES if self._asked else 0
+        self._asked = False
+        held = resident_memory()
+        if held <= self._needed + kept:
+            self._needed = min(self._needed, held)
+            return
+        return_freed_memory()
+        self._needed = resident_memory()
 
     async def _answer(self, served: Served, images: list[Image], spare: bool = False) -> Answered:
         put = self._queue.put_spare if spare else self._queue.put
@@ -136,20 +168,57 @@ class Service:
             self.metrics.answered(served.version, labels, len(served.predictor.classes))
         return Answered(served=served, probabilities=probabilities, errors=errors)
 
-    async def _decode_large(self, served: Served, images: list[Image]) -> list[Image]:
-        """The images with the large ones decoded; one that is damaged stays for `_compute` to say so."""
-
-        def decode(image: Image) -> Image:
-            with suppress(BadImage):
-                return served.predictor.decode(image) if isinstance(image, bytes) else image
-            return image
-
-        if not any(isinstance(image, bytes) and len(image) >= LARGE_BYTES for image in images):
-            return images
+    async def _decode_large(self, served: Served, images: list[Image]) -> list[Image | str]:
+        """The images with the large ones decoded, or why they cannot be. TooMany above `max_megapixels`."""
         loop = asyncio.get_running_loop()
-        return list(await asyncio.gather(*(loop.run_in_executor(self._decoders, decode, image) for image in images)))
+        seconds = 0.0
 
-    def _compute(self, served: Served, images: list[Image], waited: list[float]) -> list[NDArray[np.float32] | str]:
+        def measure(image: Image) -> int:
+            return served.predictor.pixels_to_decode(image) if isinstance(image, bytes) else 0
+
+        def decode(image: bytes) -> Image | str:
+            nonlocal seconds
+            if seconds > DECODE_SECONDS:
+                return TOOK_TOO_LONG
+            started_at = time.thread_time()
+            try:
+                return served.predictor.decode(image)
+            except BadImage as error:
+                return str(error)
+            finally:
+                seconds += time.thread_time() - started_at
+
+        async def decoded(image: Image, pixels: int) -> Image | str:
+            if not isinstance(image, bytes):
+                return image
+            # The header of an AVIF may say less than its pixels are.
+            huge = pixels >= HUGE_PIXELS or image[4:8] == b"ftyp"
+            if not huge and pixels < LARGE_PIXELS and len(image) < LARGE_BYTES:
+                return image
+            return await loop.run_in_executor(self._huge if huge else self._decoders, decode, image)
+
+        pixels = []
+        for image in images:
+            if len(image) >= LARGE_BYTES:  # a header can be long
+                pixels.append(await loop.run_in_executor(self._decoders, measure, image))
+            else:
+                pixels.append(measure(image))
+        total = sum(pixels)
+        most = self.config.max_megapixels * 1e6
+        if total > most:
+            limit = f"a request may hold {self.config.max_megapixels:g}"
+            raise TooMany(f"the images have {total / 1e6:.1f} megapixels together; {limit}, so send smaller ones")
+        if self._decoding + total > WAITING_REQUESTS * most:
+            raise Busy("too many large images wait already")
+        self._decoding += total
+        try:
+            return list(await asyncio.gather(*map(decoded, images, pixels)))
+        finally:
+            self._decoding -= total
+
+    def _compute(
+        self, served: Served, images: list[Image | str], waited: list[float]
+    ) -> list[NDArray[np.float32] | str]:
         """In the queue's thread: probabilities (C,) or the reason why there are none, per image."""
         for seconds in waited:
             self.metrics.waited(seconds)
@@ -157,6 +226,9 @@ class Service:
         rows: list[NDArray[np.float32] | str] = []
         pixels = []
         for image in images:
+            if isinstance(image, str):
+                rows.append(image)
+                continue
             try:
                 fitted = (
                     served.predictor.decode(image) if isinstance(image, bytes) else served.predictor.fit([image])[0]

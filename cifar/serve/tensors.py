@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cifar.serve.errors import BadRequest, TooMany
+from cifar.serve.errors import BadRequest, TooMany, check_values
 
 MOST_IMAGES = 100_000
 """More in one request are refused before they become objects: a pixel is 3 bytes in the body, 200 as an array. The
@@ -71,7 +71,7 @@ class RequestParameters(_Part):
 
 
 class InferenceRequest(_Part):
-    id: str | None = Field(None, description="Comes back in the answer.")
+    id: str | None = Field(None, max_length=1024, description="Comes back in the answer.")
     inputs: list[Input] = Field(min_length=1, max_length=1)
     outputs: list[Output] | None = Field(
         None,
@@ -130,6 +130,7 @@ def read_request(body: bytes, header_length: str | None) -> Question:
                 f"Inference-Header-Content-Length: {given} is no length within a body of {len(body)} bytes"
             )
         length = int(header_length)
+    check_values(body[:length])
     try:
         request = InferenceRequest.model_validate_json(body[:length])
     except ValidationError as error:

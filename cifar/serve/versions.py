@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import random
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Selection:
         found = self.served.get(self.aliases.get(version, version))
         if found is None:
             known = ", ".join(sorted({*self.aliases, *self.served}))
-            raise UnknownVersion(f"no version {version!r} is served here; there are {known}")
+            raise UnknownVersion(f"no version {reprlib.repr(version)} is served here; there are {known}")
         return found
 
     def route(self, share: float) -> Served:
