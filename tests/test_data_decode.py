@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
 from cifar.data.decode import BadImage, decode, pixels_to_decode
-from tests.images import bad_images, encode, noise
+from tests.images import bad_images, bomb, encode, noise, png
 
 
 def pixel(data: bytes) -> list[int]:
@@ -220,3 +220,14 @@ def test_progressive_jpegs_of_endless_scans_are_refused():
     assert decode(data[:-2] + 80 * scan + data[-2:], 8, "crop").shape == (8, 8, 3)
     with pytest.raises(BadImage, match="bomb"):
         decode(data[:-2] + 100 * scan + data[-2:], 8, "crop")
+
+
+def test_a_second_header_does_not_hide_the_size_of_a_png() -> None:
+    """Pillow believes the last one."""
+    small, huge = png(0, 8), bomb()
+    header = huge[8:33]  # length, type, 13 bytes and check sum
+    assert pixels_to_decode(small, 32) == 64
+    for data in (small[:33] + header + small[33:], huge):
+        assert pixels_to_decode(data, 32) in (0, 400_000_000)
+        with pytest.raises(BadImage):
+            decode(data, 32, "crop")

@@ -227,7 +227,7 @@ def test_a_model_that_is_not_there_is_named(store: Store) -> None:
         ({"replicas": "0"}, "--replicas 0: use a count"),
         ({"replicas": "3:2"}, "--replicas 3:2"),
         ({"canary_share": 1.5}, "--canary-share 1.5: use a share from 0 to 1"),
-        ({"max_images": 600}, "--max-images 600: use 1 to --max-queue, 512"),
+        ({"max_images": 6000}, "--max-images 6000: use 1 to --max-queue, 1024"),
     ],
 )
 def test_wrong_settings_name_the_flag(values: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cifar.serve.config import ServeConfig
-from cifar.serve.deployment import build, gpus_of
+from cifar.serve.deployment import build, gpus_of, replicas_of
 from cifar.store import Store
 from jobs import serve
 from tests.images import png
@@ -165,3 +165,17 @@ def test_a_replica_gets_a_gpu_where_there_is_one_for_each(
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8, "GPU": gpus})
     assert gpus_of(ServeConfig(replicas="1:2", device=device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "gigabytes", "expected"),
+    [(2, 0, 16, "2"), (16, 0, 64, "4"), (8, 0, 9, "2"), (1, 0, 1, "1"), (8, 3, 64, "3")],
+)
+def test_auto_is_a_replica_for_each_gpu_or_core_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, gpus: int, gigabytes: int, expected: str
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus, "GPU": gpus, "memory": gigabytes * 2**30})
+    config = ServeConfig()
+    assert replicas_of(config, gpus_of(config)) == expected
+    assert replicas_of(ServeConfig(replicas="1:3"), 0) == "1:3"

@@ -3,6 +3,7 @@
 import functools
 import io
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _SIGNATURE = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM.{4}\0{4}|P[1-6]\s|II\*\0|MM\0\*"
     rb"|RIFF.{4}WEBP|\0\0\0\x0cjP  |.{4}ftypavif",
@@ -91,6 +93,10 @@ def pixels_to_decode(data: bytes, image_size: int) -> int:
     Fewer than the image has for a JPEG that is decoded at a fraction of its size; all of them if its scans have to be
     put together first. Memory is up to 20 bytes for each, time on a core up to 50 ns.
     """
+    # The header of a PNG by hand takes a twentieth of the time. Of two headers Pillow would take the last.
+    if data.startswith(_PNG) and 24 <= len(data) < 1 << 16 and data.count(b"IHDR") == 1:
+        width, height = struct.unpack(">II", data[16:24])
+        return max(width, 2) * max(height, 2) if width * height <= MAX_PIXELS else 0
     try:
         image = _open(data)
     except BadImage:

@@ -12,8 +12,8 @@ class ServeConfig:
     """Published NAME, NAME@ALIAS or NAME/VERSION, or the folder of a run or a model; empty: the one in the box."""
     store: str = "./models"
     """Folder or s3:// or gs:// URI of the published models."""
-    replicas: str = "1"
-    """Processes that answer: N, or A:B to follow the load."""
+    replicas: str = "auto"
+    """Processes that answer: N, or A:B to follow the load; `auto` is one for each GPU, or core, up to 4."""
     device: str = "auto"
     """Where the model runs: auto (a GPU if there is one), cpu, cuda."""
     precision: Precision = "auto"
@@ -22,9 +22,9 @@ class ServeConfig:
     """Classes that an answer lists."""
     threshold: float = 0.0
     """Answers of a lower probability are marked as abstained."""
-    max_batch: int = 64
+    max_batch: int = 256
     """Most images that are computed together."""
-    max_queue: int = 512
+    max_queue: int = 1024
     """Images that may wait in a replica; a request beyond gets 503 with Retry-After."""
     max_images: int = 64
     """Images of one request."""
@@ -45,7 +45,7 @@ class ServeConfig:
     """How often aliases are read again."""
 
     def __post_init__(self) -> None:
-        match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", self.replicas)
+        match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", self.replicas.replace("auto", "1"))
         checks = {
             "replicas": match is not None and int(match[1]) <= int(match[2] or match[1]) <= 10_000,
             "top-k": 1 <= self.top_k <= 1000,
@@ -62,7 +62,7 @@ class ServeConfig:
             "poll-seconds": 0.05 <= self.poll_seconds <= 3600,
         }
         remedies = {
-            "replicas": "use a count such as 2, or a range such as 1:4",
+            "replicas": "use a count such as 2, a range such as 1:4, or auto",
             "max-images": f"use 1 to --max-queue, {self.max_queue}",
             "max-request-mb": "use more than 0, up to 1024",
             "max-megapixels": "use more than 0, up to 1000",
@@ -80,8 +80,8 @@ class ServeConfig:
 
     @property
     def replica_counts(self) -> tuple[int, int]:
-        """Fewest and most replicas."""
-        low, _, high = self.replicas.partition(":")
+        """Fewest and most replicas; of `auto`, which depends on the machines, 1."""
+        low, _, high = self.replicas.replace("auto", "1").partition(":")
         return int(low), int(high or low)
 
     @property

@@ -18,7 +18,7 @@ from ray import serve
 from cifar.cluster import start_ray
 from cifar.config import ConfigError, RunFailed
 from cifar.serve.config import ServeConfig
-from cifar.serve.deployment import make_deployment, threads_of
+from cifar.serve.deployment import make_deployment
 from cifar.store import find_model
 
 APP = "cifar"
@@ -48,7 +48,7 @@ def serving(config: ServeConfig, host: str, port: int) -> Iterator[str]:
         start_ray(verbose=False)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(http_options={"host": host, "port": port})
-        application = make_deployment(config, threads=threads_of(config.replica_counts[1]) if own else 0)
+        application = make_deployment(config, own)
         try:
             serve.run(application, name=APP, route_prefix="/")
         except RuntimeError as error:
