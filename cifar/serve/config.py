@@ -22,7 +22,7 @@ class ServeConfig:
     """Classes that an answer lists."""
     threshold: float = 0.0
     """Answers of a lower probability are marked as abstained."""
-    max_batch: int = 256
+    max_batch: int = 128
     """Most images that are computed together."""
     max_queue: int = 1024
     """Images that may wait in a replica; a request beyond gets 503 with Retry-After."""
