@@ -7,7 +7,7 @@ all batches full. A worker's order depends on (seed, epoch, rank, number of work
 """
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -129,6 +129,7 @@ class StreamingLoader:
         self._device = device
         self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), 2 * self._per_worker)
         self._stream: Generator[pa.Table] | None = None
+        self._thread = ThreadPoolExecutor(1)
         self._next_epoch = -1
 
     def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
@@ -136,7 +137,8 @@ class StreamingLoader:
         if epoch != self._next_epoch or self._stream is None:
             # The first epoch, or one after another that was left early.
             self.close()
-            self._stream = self._open_ahead(epoch)
+            self._thread = ThreadPoolExecutor(1)
+            self._stream = self._open_ahead(epoch, self._thread)
         self._next_epoch = -1
         for number, batch in enumerate(self._mixed(epoch, self._stream)):
             if start <= number < self.num_batches:
@@ -150,24 +152,26 @@ class StreamingLoader:
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
+            self._thread.shutdown()
             self._stream = None
 
-    def _open_ahead(self, epoch: int) -> Generator[pa.Table]:
+    def _open_ahead(self, epoch: int, thread: ThreadPoolExecutor) -> Generator[pa.Table]:
         """The tables of this epoch and all later ones."""
         plans = self._plans(epoch)
-        with ThreadPoolExecutor(1) as thread:
-            opened = thread.submit(self._open, next(plans))
-            try:
-                while opened is not None:
-                    first, rest = opened.result()
-                    plan = next(plans, None)
-                    opened = thread.submit(self._open, plan) if plan else None
-                    yield first
-                    yield from rest
-            finally:
-                # Left early. A stream of Ray Data that only the interpreter's end collects starts Ray again, and hangs.
-                if opened is not None:
-                    opened.result()[1].close()
+        opened = thread.submit(self._open, next(plans))
+        try:
+            while opened is not None:
+                first, rest = opened.result()
+                plan = next(plans, None)
+                opened = thread.submit(self._open, plan) if plan else None
+                yield first
+                yield from rest
+        finally:
+            # Left early. A stream of Ray Data that only the interpreter's end collects starts Ray again, and hangs.
+            # Nothing may wait here: the garbage collector can come by in the middle of the start of a thread, which
+            # holds a lock that threads need to end.
+            if opened is not None:
+                opened.add_done_callback(_close_opened)
 
     def _open(self, plan: list[tuple[int, RowRange]]) -> tuple[pa.Table, Generator[pa.Table]]:
         """The stream's first table, which sets the reading going, and the others."""
@@ -248,3 +252,8 @@ def read_stream(prepared: Prepared) -> OpenStream:
             yield prepared.read(rows)
 
     return open_stream
+
+
+def _close_opened(opened: Future[tuple[pa.Table, Generator[pa.Table]]]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result()[1].close()
