@@ -444,9 +444,9 @@ def bucket() -> Iterator[str]:
         patch.setenv(name, "test")
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     query = f"?endpoint_override=http://{host}:{port}&scheme=http&allow_bucket_creation=true"
-    files, root = fs.FileSystem.from_uri(f"s3://bucket{query}")
+    files, root = fs.FileSystem.from_uri(f"s3://photos{query}")
     files.create_dir(root)
-    yield "s3://bucket/{}" + query
+    yield "s3://photos/{}" + query
     patch.undo()
     server.stop()
 
