@@ -325,6 +325,18 @@ def test_a_failing_canary_fails_nobody_and_is_withdrawn(store: Store, tmp_path: 
     service.close()
 
 
+def test_a_canary_is_judged_by_its_own_batches(store: Store, tmp_path: Path) -> None:
+    old = publish(store, tmp_path, CANARY, 1)
+    service = Service(config_of(store, canary_share=1.0, canary_max_errors=0.3))
+    breaking(service, old, lambda probabilities: probabilities * np.nan)
+    ask(service, CANARY_LEAST - 1)  # too few to decide
+    new = publish(store, tmp_path, CANARY, 2)
+    service._versions.refresh()
+    assert set(ask(service, CANARY_LEAST)) == {new}
+    assert service.selection.canary is not None
+    service.close()
+
+
 def test_a_slow_canary_is_withdrawn_at_the_limit_that_was_set(store: Store, tmp_path: Path) -> None:
     canary = publish(store, tmp_path, CANARY, 1)
 

@@ -19,7 +19,7 @@ from cifar.serve.config import ServeConfig
 from cifar.serve.errors import Busy, Failed, TooMany
 from cifar.serve.metrics import Metrics
 from cifar.serve.queue import Queue
-from cifar.serve.versions import Selection, Served, Versions, warm_up
+from cifar.serve.versions import Selection, Served, Versions
 
 Image: TypeAlias = bytes | NDArray[np.uint8]
 """Encoded, or uint8 (H,W,3)."""
@@ -64,7 +64,7 @@ class Service:
     def __init__(self, config: ServeConfig, replica: str = "local") -> None:
         self.config = config
         self.metrics = Metrics(replica)
-        self._versions = Versions(config, warm_up)
+        self._versions = Versions(config)
         self._queue: Queue[Served, Image | str, NDArray[np.float32] | str] = Queue(
             self._compute, config.max_batch, config.max_queue
         )
@@ -76,6 +76,8 @@ class Service:
         """Since the last look at the memory."""
         self._needed = 0
         """Bytes held after freed memory was returned the last time."""
+        self._judged: Served | None = None
+        """The canary that the seconds below are of."""
         self._canary: deque[float] = deque(maxlen=CANARY_BATCHES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -257,6 +259,9 @@ class Service:
         """Withdraw the canary when its last batches broke a limit; a failed batch took infinitely long."""
         if served is not self.selection.canary:
             return
+        if served is not self._judged:
+            self._judged = served
+            self._canary.clear()
         self._canary.append(seconds)
         if len(self._canary) < CANARY_LEAST:
             return

@@ -5,7 +5,6 @@ import logging
 import math
 import random
 import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +63,8 @@ class Selection:
 class Versions:
     """Follows the aliases of a published model; a folder, or one version that was named, stays as it is."""
 
-    def __init__(self, config: ServeConfig, ready: Callable[[Predictor], None] = lambda predictor: None):
-        """`ready` is called with each new Predictor before it is asked, to warm it up."""
+    def __init__(self, config: ServeConfig):
         self._config = config
-        self._ready = ready
         self._withdrawn: set[tuple[str, str]] = set()
         """Version, and since when it was the canary: it may be tried again later."""
         self._canary_since = ""
@@ -102,16 +99,15 @@ class Versions:
         """Read the aliases again and load what is new. What cannot be loaded changes nothing, and is logged once."""
         if self._store is None or "/" in self._reference:
             return
-        seen = None
+        aliases = None
         try:
             aliases = self._store.aliases(self.name)
-            seen = {alias: found.version for alias, found in aliases.items()}
-            if seen != self._seen or not aliases:
+            if aliases != self._seen or not aliases:
                 self.selection = self._select(self.selection.served)
         except (ConfigError, OSError) as error:
-            if seen != self._seen or seen is None:
+            if aliases != self._seen or aliases is None:
                 logger.warning("the versions stay as they are: %s", error)
-        self._seen = seen
+        self._seen = aliases
 
     def withdraw(self, served: Served) -> None:
         """Send the canary no more requests, and take its alias from it, so that other replicas do the same."""
@@ -172,7 +168,7 @@ class Versions:
 
     def _load(self, folder: Any) -> Predictor:
         predictor = Predictor(folder, self._config.device, self._config.max_batch, self._config.precision)
-        self._ready(predictor)
+        warm_up(predictor)
         return predictor
 
 
