@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from cifar.predictor import Predictor
 from cifar.store import find_model
 from jobs import evaluate, predict
 from tests.images import bad_images, encode, png, write_parquet
+from tests.processes import below, wait_for
 from tests.test_predictor import loaded_model
 
 ROOT = Path(__file__).parent.parent
@@ -534,33 +534,6 @@ class Job:
         return len(list(self.output.glob(".parts/*.npz")))
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.005)
-    raise AssertionError(f"{what}: not within {seconds} s")
-
-
-def actors(driver: int) -> list[int]:
-    """Process ids of the predicting actors below a driver."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if not (entry / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
-                continue
-            pid, parents = int(entry.name), set()
-            while pid > 1:
-                pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.add(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if driver in parents:
-            found.append(int(entry.name))
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(parquet: Path, model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """32 parts, predicted in one process."""
@@ -592,7 +565,7 @@ def test_on_ray_a_killed_actor_and_a_killed_driver_change_no_byte(
     job = Job(parquet, tmp_path / "out", model, on_ray=True)
     driver = job.start()
     wait_for(lambda: job.done() >= 5, "5 parts")
-    for pid in wait_for(lambda: actors(driver.pid), "an actor"):
+    for pid in wait_for(lambda: below(driver.pid, "ray::MapWorker"), "an actor"):
         os.kill(pid, signal.SIGKILL)
     seen = job.done()
     wait_for(lambda: job.done() > seen + 10 or driver.poll() is not None, "parts after the actor's death")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -22,9 +21,11 @@ from cifar.serve.deployment import build, gpus_of, replicas_of
 from cifar.store import Store
 from jobs import serve
 from tests.images import png
+from tests.processes import below, wait_for
 from tests.test_serve import save
 
 ROOT = Path(__file__).parent.parent
+REPLICA = "ray::ServeReplica:"
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -73,25 +74,6 @@ class Load(threading.Thread):
                 self.versions.add(answer.json()["version"])
 
 
-def replica_pids(job: int) -> list[int]:
-    """Process ids of the replicas among the processes that the job started, and those these started."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (folder / "status").read_text()
-            names[int(folder.name)] = (folder / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-        parents[int(folder.name)] = int(status.split("PPid:")[1].split()[0])
-
-    def descends(pid: int) -> bool:
-        while pid in parents and pid != job:
-            pid = parents[pid]
-        return pid == job
-
-    return [pid for pid, name in names.items() if name.startswith(b"ray::ServeReplica:") and descends(pid)]
-
-
 def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"))
     first = store.publish(str(save(tmp_path / "one", 1)), "flowers")
@@ -103,29 +85,22 @@ def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
             load.start()
         second = store.publish(str(save(tmp_path / "two", 2)), "flowers")
         store.promote(second)
-        wait_until(lambda: all(second.version in load.versions for load in loads))
+        wait_for(lambda: all(second.version in load.versions for load in loads), "the new version")
         store.roll_back("flowers")
-        wait_until(lambda: client.get("/models").json()["default"] == first.version)
+        wait_for(lambda: client.get("/models").json()["default"] == first.version, "the old version")
         time.sleep(1)
         assert {status for load in loads for status in load.statuses} == {200}
 
         replicas = [*re.findall(r'cifar_requests_total\{replica="(\w+)",route="/predict"', client.get("/metrics").text)]
         assert len(set(replicas)) == 2  # any replica tells the counts of all
-        os.kill(replica_pids(job)[0], signal.SIGKILL)
-        wait_until(lambda: len(replica_pids(job)) == 2, 60)
+        os.kill(below(job, REPLICA)[0], signal.SIGKILL)
+        wait_for(lambda: len(below(job, REPLICA)) == 2, "a new replica")
         for load in loads:
             load.running = False
             load.join()
         failed = [status for load in loads for status in load.statuses if status != 200]
         assert len(failed) <= len(loads)  # what was in flight on it
-    wait_until(lambda: not replica_pids(job))
-
-
-def wait_until(holds: Any, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: not below(job, REPLICA), "the end of all replicas")
 
 
 def test_the_model_in_the_box_is_served_and_nothing_stays_behind() -> None:

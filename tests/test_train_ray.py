@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.train import fit
 from tests.flags import TINY
+from tests.processes import below, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
@@ -118,34 +118,6 @@ class Job:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"{what}: not within {seconds} s")
-
-
-def train_workers(driver: int) -> list[int]:
-    """Process ids of the training workers below a driver."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if not (entry / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                continue
-            pid = int(entry.name)
-            parents = set()
-            while pid > 1:
-                pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.add(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if driver in parents:
-            found.append(int(entry.name))
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("undisturbed")
@@ -160,7 +132,7 @@ def test_a_worker_killed_twice_changes_no_bit(here: Config, undisturbed: Path) -
     driver = job.start()
     for after in (5, 15):
         wait_for(lambda after=after: job.epochs() >= after, f"epoch {after}")
-        for pid in wait_for(lambda: train_workers(driver.pid), "a worker"):
+        for pid in wait_for(lambda: below(driver.pid, "ray::RayTrainWorker"), "a worker"):
             os.kill(pid, signal.SIGKILL)
     assert driver.wait(240) == 0
     assert job.epochs() == 40
@@ -185,7 +157,7 @@ def test_one_of_two_workers_killed_changes_no_bit(here: Config) -> None:
     assert calm.start().wait(240) == 0
     driver = killed.start()
     wait_for(lambda: killed.epochs() >= 5, "epoch 5")
-    os.kill(wait_for(lambda: train_workers(driver.pid), "a worker")[0], signal.SIGKILL)
+    os.kill(wait_for(lambda: below(driver.pid, "ray::RayTrainWorker"), "a worker")[0], signal.SIGKILL)
     assert driver.wait(240) == 0
     assert killed.epochs() == 40
     assert_same_weights(killed.folder, calm.folder)
