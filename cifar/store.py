@@ -347,7 +347,7 @@ def check_name(name: str, what: str = "name") -> None:
 def read_model(source: str) -> dict[str, bytes]:
     """The files of a run's or a model's folder or URI that a version holds; ConfigError if there is no model."""
     contents = {}
-    base = join(source, "model") if read_file(join(source, "model/config.json")) is not None else source
+    base = model_path(source) or source
     for file in MODEL_FILES:
         data = read_file(join(base, file))
         if data is None:

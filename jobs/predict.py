@@ -34,7 +34,7 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
     unsure = f", {manifest['abstained']:,} of them below --threshold {flags.threshold:g}" if flags.threshold else ""
     print(f"{manifest['predicted']:,} images predicted{unsure}")
     if manifest["quarantined"]:
-        print(f"{manifest['quarantined']:,} images cannot be read: {join(flags.output, QUARANTINE)}")
+        print(f"{manifest['quarantined']:,} cannot be read: {join(flags.output, QUARANTINE)}")
     if evaluation := manifest.get("evaluation"):
         low, high = evaluation["accuracy_ci95"]
         accuracy, count = evaluation["accuracy"], evaluation["count"]
