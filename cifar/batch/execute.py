@@ -85,7 +85,9 @@ def make_plan(nodes: Sequence[Mapping[str, float]], device: str, parts: int) -> 
         actor_cpus=min(each, 1.0) if use_gpu else each,
         actor_gpus=int(use_gpu),
         decode_cpus=decode_cpus,
-        sharing=1 if use_gpu else min(each_node, actors),
+        # Not as many as there are actors: a part's last bits hang on the number of threads, and a resumed job that has
+        # fewer parts left writes what the whole one would have written.
+        sharing=1 if use_gpu else each_node,
     )
 
 
@@ -138,7 +140,7 @@ class _Actor:
             raise RunFailed(
                 "Ray gave this actor a GPU that torch does not see; install a torch with CUDA on every node"
             )
-        torch.set_num_threads(max(1, usable_cpus() // sharing))  # Ray's default is those that it holds
+        self._threads = max(1, usable_cpus() // sharing)  # Ray's default is those that it holds
         with tempfile.TemporaryDirectory() as folder:
             contents: Any = ray.get(files)
             for name, data in contents.items():
@@ -147,6 +149,7 @@ class _Actor:
         self._predict = PartPredictor(predictor, target)
 
     def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        torch.set_num_threads(self._threads)  # of the calling thread, and Ray calls from several
         decoded: Decoded | Exception = pickle.loads(row["decoded"])
         answer = decoded if isinstance(decoded, Exception) else _attempt(self._predict, decoded)
         return {"answer": pickle.dumps(answer)}

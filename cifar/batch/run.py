@@ -95,7 +95,7 @@ def predict_all(
             threshold=config.threshold,
             version=found.version,
         )
-        coming = _predict(left, found.folder, target, config.device, start_ray)
+        coming = _predict(left, is_small(parts), found.folder, target, config.device, start_ray)
         with Progress(listing.total, before) as progress, closing(coming) as summaries:
             for summary in summaries:
                 gathered.add(summary)
@@ -135,9 +135,9 @@ def describe(config: BatchConfig, found: FoundModel, listing: Listing, parts: in
 
 
 def _predict(
-    parts: list[Part], model: Path, target: Target, device: str, start_ray: Callable[[], object]
+    parts: list[Part], here: bool, model: Path, target: Target, device: str, start_ray: Callable[[], object]
 ) -> Generator[Summary, None, None]:
-    if is_small(parts):
+    if here:
         yield from predict_here(parts, model, target, device)
     else:
         start_ray()
