@@ -287,12 +287,6 @@ class Config:
             "data",
             "needs Ray Data; use --workers 1, or --augment-on device",
         )
-        _require(
-            not (self.run.workers == "0" and "://" in self.run.storage),
-            "storage",
-            self.run.storage,
-            "--workers 0 writes local folders only; use --workers 1",
-        )
         if self.model.model == "notebook":
             _require(
                 self.train.scales == (1.0,),

@@ -1,25 +1,36 @@
-"""A run in this process, without Ray: for debugging, and on machines that have no Ray cluster to spare."""
+"""A run in this process, without Ray: for debugging, on machines that have no Ray cluster to spare, and for a trial of
+a sweep, which is in a process of its own already."""
 
-import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
 
+from cifar.checkpoints import Checkpoints
 from cifar.cluster import choose_loader
 from cifar.config import Config, ConfigError
 from cifar.context import Context
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream
-from cifar.data.prepared import Arrays, Prepared
+from cifar.data.prepared import Arrays, Prepared, exists, join
 from cifar.progress import Display
 from cifar.run_dir import RunDir
 from cifar.worker import train_worker
 
 logger = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """Images in memory."""
+
+    table: pa.Table
+    """With the columns `image`, `label` and `index`."""
+    numbers: np.ndarray | None = None
+    """Which of them, int64 (n,); None: all."""
 
 
 def fit_in_process(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
@@ -31,68 +42,67 @@ def fit_in_process(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logger.info("plan: this process trains on %s, %s data (%s)", device.type, loader, why)
     run_dir.open(config, prepared)
-    val = prepared.table("val", ["image", "label", "index"]) if loader == "resident" else None
+    train, val = None, None
+    if loader == "resident":
+        train, val = (Rows(prepared.table(split, ["image", "label", "index"])) for split in ("train", "val"))
+    with run_dir.lock(), Display() as display:
+        context = LocalContext(run_dir, device)
+        context.display = display
+        return train_here(config, prepared, context, train, val)
+
+
+def train_here(
+    config: Config, prepared: Prepared, context: Context, train: Rows | None, val: Rows | None
+) -> dict[str, Any]:
+    """Train in this process on these rows, or streaming where they are None."""
 
     def make_loader(context: Context) -> Loader:
         common = {"batch_size": config.train.batch_size, "seed": config.train.seed, "rank": 0, "world_size": 1}
-        if loader == "streaming":
+        if train is None:
             return StreamingLoader(
                 prepared, read_stream(prepared), epochs=config.train.epochs, device=context.device, **common
             )
-        table = prepared.table("train", ["image", "label", "index"])
-        return ResidentLoader(table, total=len(table), device=context.device, **common)
+        total = prepared.counts["train"]
+        return ResidentLoader(train.table, rows=train.numbers, total=total, device=context.device, **common)
 
     def val_batches(context: Context) -> Iterator[Arrays]:
-        return prepared.batches("val", EVALUATION_BATCH) if val is None else in_batches(val)
+        return prepared.batches("val", EVALUATION_BATCH) if val is None else in_batches(*val)
 
-    with run_dir.lock(), Display() as display:
-        context = LocalContext(run_dir, device, display)
-        summary = train_worker(config, prepared, context, make_loader, val_batches)
-    run_dir.copy_model(str(context.best()))
-    return summary
+    return train_worker(config, prepared, context, make_loader, val_batches)
 
 
 class LocalContext:
-    """`cifar.context.Context` of one worker without Ray; keeps the best checkpoint and the last."""
+    """`cifar.context.Context` of one worker without Ray Train."""
 
     rank, world_size = 0, 1
+    display: Display | None = None
 
-    def __init__(self, run_dir: RunDir, device: torch.device, display: Display):
-        self._run_dir, self._display, self.device = run_dir, display, device
-        self._folder = Path(run_dir.path) / "checkpoints"
-        if (self._folder / "checkpoint_manager_snapshot.json").exists():
+    def __init__(self, run_dir: RunDir, device: torch.device):
+        self.run_dir, self.device = run_dir, device
+        if exists(join(run_dir.path, "checkpoints/checkpoint_manager_snapshot.json")):
             raise ConfigError(f"{run_dir.path}: this run was begun by Ray; go on with --workers 1, or another --name")
-        self.checkpoint = max(self._checkpoints(), default=None)
+        self.checkpoints = Checkpoints(join(run_dir.path, "checkpoints"))
+        self.checkpoint = self.checkpoints.last()
+        self._copy_best()  # it may have been killed between the two
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         assert checkpoint is not None
-        (checkpoint / "report.json").write_text(json.dumps(metrics))
-        latest = max(self._checkpoints(), default=None)
-        number = int(latest.name.rpartition("_")[2]) + 1 if latest else 0
-        partial = self._folder / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.move(checkpoint, partial)  # between file systems this copies; the rename shows it whole
-        os.rename(partial, self._folder / f"checkpoint_{number:06d}")
-        keep = {self.best(), max(self._checkpoints())}
-        for other in set(self._checkpoints()) - keep:
-            os.rename(other, partial)  # at once out of sight: a half-deleted checkpoint must not be found
-            shutil.rmtree(partial)
-
-    def best(self) -> Path:
-        """The checkpoint of the highest score; the earlier one of equals."""
-        return max(
-            sorted(self._checkpoints()), key=lambda path: json.loads((path / "report.json").read_text())["score"]
-        )
+        self.checkpoints.add(checkpoint, metrics)
+        self._copy_best()
 
     def preempted(self) -> bool:
         return False
 
     def progress(self, values: dict[str, Any]) -> None:
-        self._display.progress(values)
+        if self.display is not None:
+            self.display.progress(values)
 
     def history(self, rows: list[dict[str, Any]]) -> None:
-        self._display.history(rows)
-        self._run_dir.write_history(rows)
+        if self.display is not None:
+            self.display.history(rows)
+        self.run_dir.write_history(rows)
 
-    def _checkpoints(self) -> list[Path]:
-        return list(self._folder.glob("checkpoint_*"))
+    def _copy_best(self) -> None:
+        """At each epoch, since a scheduler may end a trial after any; one in mid-epoch has no accuracy."""
+        if self.checkpoints.best_is_last and self.checkpoints.best_score >= 0:
+            self.run_dir.copy_model(self.checkpoints.best())

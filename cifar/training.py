@@ -74,7 +74,11 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
+        # Rates and such are the config's: a trial may go on from another one's checkpoint with its own.
+        groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in configured.items() if name != "params"})
         if self.averager is not None:
             self.averager.load_state_dict(state["averager"])
         if self.selection is not None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cifar.data import Prepared, prepare
+from cifar.data.prepared import filesystem
 from tests.images import encode, write_parquet
 
 NUM_CLASSES = 4
@@ -67,3 +69,25 @@ def prepared(config: Config) -> Prepared:
 def here(config: Config, tmp_path: Path) -> Config:
     """The tiny config with a storage of the test's own."""
     return replace(config, run=replace(config.run, storage=str(tmp_path / "runs")))
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """The query that leads an s3:// URI to a server of the tests' own, which has a bucket `bucket`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+        ):
+            patch.setenv(name, value)
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+            patch.delenv(name, raising=False)
+        query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{server.get_host_and_port()[1]}&scheme=http"
+        files, bucket = filesystem(f"s3://bucket{query}&allow_bucket_creation=true")
+        files.create_dir(bucket)
+        yield query
+    server.stop()

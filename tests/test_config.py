@@ -68,7 +68,6 @@ def test_batch_must_divide_into_micro_batches() -> None:
             r"--batch-size 500: does not divide among 3 workers; use --batch-size 498",
         ),
         ({"run": RunConfig(workers="0"), "augment": AugmentConfig(augment_on="data")}, "--augment-on data"),
-        ({"run": RunConfig(workers="0", storage="s3://bucket/runs")}, "--storage s3://bucket/runs"),
         ({"train": TrainConfig(loader="resident"), "augment": AugmentConfig(augment_on="data")}, "--loader resident"),
         ({"model": ModelConfig(model="notebook"), "train": TrainConfig(scales=(0.5, 1.0))}, r"--scales 0\.5 1\.0"),
         ({"model": ModelConfig(model="notebook", widths=(8,) * 6)}, "--widths"),

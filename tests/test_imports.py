@@ -15,12 +15,13 @@ MODULES = {
 }
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"config", "context", "machine"},
+    {"config", "context", "machine", "statistics"},
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
-    {"cluster", "progress", "run_dir", "training", "predictor", "store"},
+    {"cluster", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},
+    {"tune"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
@@ -33,6 +34,7 @@ WITHOUT_RAY = [
     "loop",
     "model_dir",
     "context",
+    "checkpoints",
     "training",
     "worker",
     "predictor",
@@ -41,7 +43,7 @@ WITHOUT_RAY = [
     "serve.app",
     "export",
 ]
-TRAINING = {"train", "local", "ray_worker", "training", "worker", "ray_job"}
+TRAINING = {"train", "tune", "local", "ray_worker", "training", "worker", "ray_job"}
 ANSWERING = {"predictor", "evaluate", "export", "report", "batch", "serve"}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -171,3 +172,32 @@ def test_augmented_by_the_data_stage_or_by_the_worker_is_the_same(prepared: Prep
             (rows,) = (changed.indices == index).nonzero()
             for row in rows:
                 assert (image.permute(1, 2, 0).numpy() == changed.images[row]).all()
+
+
+def test_a_loader_of_some_rows_gives_these_alone(prepared: Prepared) -> None:
+    """A fold of cross-validation, whose images lie among the others'."""
+    table = prepared.table("train", COLUMNS)
+    rows = np.arange(0, len(table), 3)
+    common = {"batch_size": 44, "seed": 3, "rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    loader = ResidentLoader(table, total=len(rows), rows=rows, **common)
+    arrays = to_arrays(table)
+    assert loader.num_batches == 3
+    for batch in loader.epoch(1):
+        for image, label, index in zip(*batch, strict=True):
+            (row,) = np.flatnonzero(arrays.indices == int(index))
+            assert row % 3 == 0
+            assert label == arrays.labels[row]
+            assert torch.equal(image, torch.tensor(arrays.images[row]).permute(2, 0, 1))
+    assert torch.equal(loader.sample(2), torch.tensor(arrays.images[[0, 3]]).permute(0, 3, 1, 2))
+    found = list(in_batches(table, rows))
+    assert np.array_equal(np.concatenate([batch.labels for batch in found]), arrays.labels[rows])
+
+
+def test_images_in_memory_are_not_copied(prepared: Prepared) -> None:
+    """Many trials of a sweep map one block of the object store."""
+    table = prepared.table("train", COLUMNS).combine_chunks()
+    loader = ResidentLoader(
+        table, total=len(table), batch_size=44, seed=3, rank=0, world_size=1, device=torch.device("cpu")
+    )
+    chunk = table.column("image").chunk(0)
+    assert loader._images.data_ptr() == chunk.buffers()[1].address + chunk.offset * chunk.type.byte_width

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.data.prepared import filesystem, join, write_file
@@ -265,28 +264,6 @@ def test_the_model_in_the_box_is_whole_small_and_says_what_it_reaches() -> None:
     assert report["count"] == 10_000
     for text in (f"{report['accuracy']:.4f}", "jobs/train.py --recipe", "with seed", "Machine: ", "half precision"):
         assert text in card
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """The query that leads an s3:// URI to a server of the tests' own, which has a bucket `bucket`."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "key"),
-            ("AWS_SECRET_ACCESS_KEY", "secret"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("AWS_EC2_METADATA_DISABLED", "true"),
-        ):
-            patch.setenv(name, value)
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-            patch.delenv(name, raising=False)
-        query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{server.get_host_and_port()[1]}&scheme=http"
-        files, bucket = filesystem(f"s3://bucket{query}&allow_bucket_creation=true")
-        files.create_dir(bucket)
-        yield query
-    server.stop()
 
 
 @pytest.mark.slow

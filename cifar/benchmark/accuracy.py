@@ -2,17 +2,16 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
-
-from scipy.stats import t
 
 from cifar.config import Config, RunConfig
 from cifar.evaluate import evaluate
 from cifar.predictor import Predictor
 from cifar.run_dir import local_model
+from cifar.statistics import statistics
 from cifar.train import fit
 
 logger = logging.getLogger(__name__)
@@ -61,18 +60,6 @@ def time_to_accuracy(config: Config, seeds: int, split: str, target: float, run:
         # The mean over those that reached it would be of the lucky ones.
         "target_seconds": fmean(reached) if target and len(reached) == len(runs) else None,
     }
-
-
-def statistics(values: Iterable[float]) -> dict[str, Any]:
-    """`mean`, `n`, and from two values on `sd`, `standard_error` and `ci95`, Student's t interval of the mean."""
-    sample: Sequence[float] = list(values)
-    n, mean = len(sample), fmean(sample)
-    if n == 1:
-        return {"mean": mean, "n": 1, "sd": None, "standard_error": None, "ci95": None}
-    sd = stdev(sample)
-    standard_error = sd / n**0.5
-    half = float(t.ppf(0.975, n - 1)) * standard_error
-    return {"mean": mean, "n": n, "sd": sd, "standard_error": standard_error, "ci95": [mean - half, mean + half]}
 
 
 def seconds_to(target: float, history: Iterable[dict[str, Any]]) -> float | None:

@@ -6,6 +6,7 @@ all batches full. A worker's order depends on (seed, epoch, rank, number of work
 (epoch, start) sees what it would have seen.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeAlias
@@ -62,7 +63,11 @@ class Loader(Protocol):
 
 
 class ResidentLoader:
-    """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it."""
+    """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it.
+
+    `rows` picks some of the table's, int64 (n,). On a CPU a table of one chunk is used where it is, so that processes
+    that train on the same block of the object store share its pages.
+    """
 
     chooses = True
 
@@ -76,10 +81,15 @@ class ResidentLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        rows: np.ndarray | None = None,
     ):
-        images, labels, indices = map(owned, to_arrays(table))
+        arrays = to_arrays(table)
+        images = as_tensor(arrays.images)
         self._images = images.pin_memory() if crowds(images, device) else images.to(device)
-        self._labels, self._indices = labels.to(device), indices.to(device)
+        self._rows = torch.arange(len(table)) if rows is None else torch.from_numpy(rows)
+        self._rows = self._rows.to(device)
+        labels, indices = (torch.tensor(column, device=device) for column in (arrays.labels, arrays.indices))
+        self._labels, self._indices = labels[self._rows], indices[self._rows]
         self.num_batches = num_batches(total, batch_size, world_size)
         self._per_worker = batch_size // world_size
         self._seed, self._rank, self._device = seed, rank, device
@@ -91,11 +101,11 @@ class ResidentLoader:
             order = order[choose(self._indices)[order]]
         for number in range(start, min(len(order) // self._per_worker, self.num_batches)):
             rows = order[number * self._per_worker : (number + 1) * self._per_worker]
-            images = self._images[rows.to(self._images.device)].to(self._device, non_blocking=True)
+            images = self._images[self._rows[rows].to(self._images.device)].to(self._device, non_blocking=True)
             yield Batch(images.permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
 
     def sample(self, count: int) -> Tensor:
-        return self._images[:count].to(self._device).permute(0, 3, 1, 2)
+        return self._images[self._rows[:count].to(self._images.device)].to(self._device).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         pass
@@ -147,7 +157,7 @@ class StreamingLoader:
 
     def sample(self, count: int) -> Tensor:
         images = next(self._prepared.batches("train", count)).images
-        return owned(images).permute(0, 3, 1, 2).to(self._device)
+        return torch.tensor(images, device=self._device).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         if self._stream is not None:
@@ -232,16 +242,19 @@ def crowds(images: Tensor, device: torch.device) -> bool:
     return device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
 
 
-def owned(column: np.ndarray) -> Tensor:
-    """The array as a tensor; copied if its memory is the object store's or a file's, which are read-only."""
-    return torch.from_numpy(column if column.flags.writeable else column.copy())
+def as_tensor(column: np.ndarray) -> Tensor:
+    """The array as a tensor that must not be written to: its memory may be the object store's or a file's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is read-only, which torch cannot express
+        return torch.from_numpy(column)
 
 
-def in_batches(table: pa.Table) -> Iterator[Arrays]:
-    """All rows of the table in order, `EVALUATION_BATCH` at a time."""
+def in_batches(table: pa.Table, rows: np.ndarray | None = None) -> Iterator[Arrays]:
+    """All rows of the table in order, or those that `rows` picks, `EVALUATION_BATCH` at a time."""
     arrays = to_arrays(table)
-    for start in range(0, len(table), EVALUATION_BATCH):
-        yield Arrays(*(column[start : start + EVALUATION_BATCH] for column in arrays))
+    for start in range(0, len(table) if rows is None else len(rows), EVALUATION_BATCH):
+        some = slice(start, start + EVALUATION_BATCH)
+        yield Arrays(*(column[some if rows is None else rows[some]] for column in arrays))
 
 
 def read_stream(prepared: Prepared) -> OpenStream:
