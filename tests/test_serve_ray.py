@@ -119,6 +119,9 @@ def test_the_model_in_the_box_is_served_to_who_has_a_key_and_nothing_stays_behin
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         refused = client.post("/predict", files={"files": ("x.png", png(0))}, headers={HEADER: "wrong"})
         assert refused.status_code == 401
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=5) as slow:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n")
+            assert slow.recv(12) == b"HTTP/1.1 401", "the body is not waited for"
         assert client.get("/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
         client.headers[HEADER] = KEY
         wait_for(lambda: 'status="401"' in client.get("/metrics").text, "the count of refusals")
