@@ -16,7 +16,7 @@ from cifar.serve.config import ServeConfig
 class Flags:
     serve: ServeConfig = field(default_factory=ServeConfig)
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in, and there is no password."""
+    """Address to listen at; 0.0.0.0 lets other machines in, which needs an API key, or --insecure."""
     port: int = 8000
     """Port to listen at."""
 
@@ -26,13 +26,14 @@ def serve_model(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.serve.run import serving
 
-    with serving(flags.serve, flags.host, flags.port) as url:
-        print(f"serving: {url}  (API: {url}docs)", flush=True)
+    with serving(flags.serve, flags.host, flags.port) as (url, needs_key):
+        asks = "asks for an API key" if needs_key else "asks for no key"
+        print(f"serving: {url}  (API: {url}docs; {asks})", flush=True)
         if os.environ.get("RAY_ADDRESS"):
             print("it stays when this command ends; stop it with: serve shutdown")
         else:
             wait_for_signal()
-    return {"url": url}
+    return {"url": url, "needs_key": needs_key}
 
 
 def wait_for_signal() -> None:

@@ -24,7 +24,7 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of the session's own; two threads, as many as the smallest machine has cores."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CIFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-    for name in ("CIFAR10_DIR", "CIFAR100_DIR", "RAY_ADDRESS"):
+    for name in ("CIFAR10_DIR", "CIFAR100_DIR", "CIFAR_API_KEY", "RAY_ADDRESS"):
         patch.delenv(name, raising=False)
     # Epochs here take a tenth of a second, and each report waits for a poll.
     patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05")

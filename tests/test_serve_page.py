@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Locator, Page, expect, sync_playwright
+from starlette.middleware.base import RequestResponseEndpoint
 
 from cifar.data.decode import BadImage, decode
 from cifar.serve.page import load_page
@@ -48,6 +49,8 @@ class Service:
     versions: int = 1
     seconds: float = 0.0
     """How long an answer takes."""
+    key: str | None = None
+    """The one that it asks for."""
 
 
 def answer(data: bytes) -> dict[str, Any]:
@@ -83,6 +86,12 @@ def version(number: int) -> dict[str, Any]:
 def build(service: Service) -> FastAPI:
     app = FastAPI()
     working = 0
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on: RequestResponseEndpoint) -> Response:
+        if service.key is None or request.url.path == "/" or request.headers.get("x-api-key") == service.key:
+            return await go_on(request)
+        return JSONResponse({"error": "this service needs an API key"}, 401, {"WWW-Authenticate": "Bearer"})
 
     @app.get("/")
     def page() -> HTMLResponse:
@@ -450,6 +459,102 @@ def test_dropped_link_says_what_to_do(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("Save the picture")
 
 
+KEY_OF_SERVICE = "key-of-this-service-0123456789"
+STORED = "[sessionStorage.length, localStorage.length, document.cookie.length]"
+
+
+def key_field(page: Page) -> Locator:
+    return page.get_by_label("API key", exact=True)
+
+
+def test_without_a_key_of_the_service_nothing_is_asked_for(page: Page) -> None:
+    expect(key_field(page)).to_be_hidden()
+    expect(page.locator("#curl")).to_have_text(re.compile(r"^curl -F files=@cat\.png "))
+    pick(page, RED)
+    expect(page.locator("#summary")).to_have_text("1 of 1")
+    assert page.evaluate(STORED) == [0, 0, 0]
+
+
+def test_key_is_asked_for_and_kept_in_this_tab_alone(page: Page, service: Service) -> None:
+    """With the keyboard alone, and images chosen before it are answered after it."""
+    service.key = KEY_OF_SERVICE
+    page.reload()
+    field = key_field(page)
+    expect(field).to_be_focused()
+    assert field.get_attribute("type") == "password"
+    expect(field).to_have_accessible_description(re.compile("whoever runs it can give you one"))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#curl")).to_contain_text('-H "X-API-Key: $CIFAR_API_KEY"')
+    pick(page, RED)
+    expect(card(page, "tomato.png")).to_contain_text("Waiting")
+    field.focus()
+    page.keyboard.type(f" {KEY_OF_SERVICE} ")
+    page.keyboard.press("Enter")
+    expect(card(page, "tomato.png").locator(".label")).to_have_text("red")
+    expect(field).to_be_hidden()
+    expect(page.get_by_role("button", name="Drop images here")).to_be_focused()
+    assert page.evaluate(STORED) == [1, 0, 0]
+    assert KEY_OF_SERVICE not in page.content()
+    page.reload()
+    expect(page.get_by_role("button", name="About the model")).to_be_visible()
+    expect(field).to_be_hidden()
+    other = page.context.new_page()
+    other.goto(service.url)
+    expect(key_field(other)).to_be_focused()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [("not-the-key-of-this-service", "does not accept this key"), ("schlüssel", "letters, digits")]
+)
+def test_wrong_key_says_so_and_is_asked_for_again(page: Page, service: Service, wrong: str, words: str) -> None:
+    service.key = KEY_OF_SERVICE
+    page.reload()
+    field = key_field(page)
+    field.fill(wrong)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#wrong")).to_contain_text(words)
+    expect(field).to_have_attribute("aria-invalid", "true")
+    assert page.evaluate("sessionStorage.getItem('cifar-api-key') || ''") == ""
+    field.fill(KEY_OF_SERVICE)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="It knows 4 classes")).to_be_visible()
+    expect(field).to_be_hidden()
+    expect(field).to_have_value("")
+
+
+def test_key_that_is_taken_back_is_asked_for_while_images_wait(page: Page, service: Service) -> None:
+    service.key = KEY_OF_SERVICE
+    pick(page, RED, *(colour(f"{number}.png", (0, 255, 0)) for number in range(40)))
+    field = key_field(page)
+    expect(field).to_be_focused()
+    expect(page.locator("#summary")).to_have_text("0 of 41")
+    assert service.requests == []
+    field.fill(KEY_OF_SERVICE)
+    page.keyboard.press("Enter")
+    expect(page.locator("#summary")).to_have_text("41 of 41")
+    assert sorted(len(sizes) for _, sizes in service.requests) == [9, 16, 16], "each image is sent once"
+
+
+def test_pasting_a_key_is_not_pasting_a_picture(page: Page, service: Service) -> None:
+    service.key = KEY_OF_SERVICE
+    page.reload()
+    paste = """element => element.dispatchEvent(
+        new ClipboardEvent("paste", { bubbles: true, clipboardData: new DataTransfer() }))"""
+    key_field(page).evaluate(paste)
+    expect(page.locator("#notice")).to_be_hidden()
+    page.locator("body").evaluate(paste)
+    expect(page.locator("#notice")).to_contain_text("no picture")
+
+
+def test_page_works_where_storage_is_forbidden(page: Page, service: Service) -> None:
+    service.key = KEY_OF_SERVICE
+    page.add_init_script("Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('no'); } });")
+    page.reload()
+    key_field(page).fill(KEY_OF_SERVICE)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="It knows 4 classes")).to_be_visible()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone(page: Page, service: Service, browser: Browser, scheme: Any) -> None:
     """At 360 pixels nothing is cut off, with the longest of names, and the camera is a tap away."""
@@ -462,6 +567,14 @@ def test_phone(page: Page, service: Service, browser: Browser, scheme: Any) -> N
     expect(phone.get_by_role("button", name="Take a photo")).to_be_visible()
     assert phone.locator("#camera").get_attribute("capture") == "environment"
     assert width(phone) == 360
+    service.key = KEY_OF_SERVICE
+    phone.reload()
+    key_field(phone).fill("k" * 300)
+    phone.keyboard.press("Enter")
+    expect(phone.locator("#wrong")).to_contain_text("does not accept")
+    assert width(phone) == 360
+    key_field(phone).fill(KEY_OF_SERVICE)
+    phone.keyboard.press("Enter")
     long = colour("a" * 200 + ".png", (255, 255, 255))
     pick(phone, RED, long, TEXT)
     expect(phone.locator("#summary")).to_have_text("2 of 3, 1 failed")

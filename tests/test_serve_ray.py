@@ -11,13 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import pytest
 import yaml
 
+from cifar.config import ConfigError
 from cifar.serve.config import ServeConfig
 from cifar.serve.deployment import build, gpus_of, replicas_of
+from cifar.serve.keys import HEADER, VARIABLE
 from cifar.store import Store
 from jobs import serve
 from tests.images import png
@@ -26,6 +29,7 @@ from tests.test_serve import save
 
 ROOT = Path(__file__).parent.parent
 REPLICA = "ray::ServeReplica:"
+KEY = "key-of-this-service-0123456789"
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -44,7 +48,9 @@ def served(*flags: str) -> Iterator[tuple[httpx.Client, int]]:
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert job.stdout is not None
-        assert f"http://127.0.0.1:{port}/" in job.stdout.readline()
+        line = job.stdout.readline()
+        assert f"http://127.0.0.1:{port}/" in line
+        assert ("asks for an API key" in line) == ("--api-key-file" in flags)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             yield client, job.pid
     finally:
@@ -103,8 +109,22 @@ def test_versions_change_and_replicas_die_under_load(tmp_path: Path) -> None:
     wait_for(lambda: not below(job, REPLICA), "the end of all replicas")
 
 
-def test_the_model_in_the_box_is_served_and_nothing_stays_behind() -> None:
-    with served() as (client, _):
+def test_the_model_in_the_box_is_served_to_who_has_a_key_and_nothing_stays_behind(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}\n")
+    file.chmod(0o600)
+    with served("--api-key-file", str(file)) as (client, _):
+        for path in ("/models", "/metrics", "/v2/models/cifar10"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        refused = client.post("/predict", files={"files": ("x.png", png(0))}, headers={HEADER: "wrong"})
+        assert refused.status_code == 401
+        with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=5) as slow:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n")
+            assert slow.recv(12) == b"HTTP/1.1 401", "the body is not waited for"
+        assert client.get("/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+        client.headers[HEADER] = KEY
+        wait_for(lambda: 'status="401"' in client.get("/metrics").text, "the count of refusals")
         (answer,) = client.post("/predict", files={"files": ("x.png", png(0))}).json()["predictions"]
         assert len(answer["probabilities"]) == 10
         assert client.get("/").status_code == 200
@@ -129,6 +149,24 @@ def test_the_file_for_serve_deploy_names_what_exists() -> None:
     assert build(application["args"]) is not None
     with pytest.raises(ValueError, match="unknown replica;"):
         build({"replica": 2})
+
+
+def test_what_serve_lets_other_machines_reach_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever `serve deploy`, or who started Serve before, made it listen at."""
+    listening = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0"))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
+    monkeypatch.setattr("cifar.serve.deployment._get_global_client", lambda **_: listening)
+    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0: .*api-key-file"):
+        build({})
+    (tmp_path / "keys").write_text(KEY)
+    assert build({"insecure": True}) is not None
+    assert build({"api_key_file": str(tmp_path / "keys")}) is not None
+    monkeypatch.setenv(VARIABLE, KEY)
+    assert build({}) is not None
+    monkeypatch.delenv(VARIABLE)
+    for listening.http_config.host in ("127.0.0.1", None):
+        assert build({}) is not None
 
 
 @pytest.mark.parametrize(

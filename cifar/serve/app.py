@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 import cifar
 from cifar.serve.errors import BadRequest, ServiceError, check_values, explain
+from cifar.serve.keys import Guard, Keys, describe_keys
 from cifar.serve.limits import Limits
 from cifar.serve.page import load_page
 from cifar.serve.protocol import protocol_router
@@ -122,8 +123,11 @@ BODY = {
 }
 
 
-def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = None) -> FastAPI:
-    """The app that answers for `service`; `gather` gives the metrics of all replicas, without it those of this one."""
+def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = None, keys: Keys | None = None) -> FastAPI:
+    """The app that answers for `service`, to those who have one of `keys`; without keys, to all.
+
+    `gather` gives the metrics of all replicas, without it those of this one.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -143,6 +147,9 @@ def make_app(service: Service, gather: Callable[[], Awaitable[str]] | None = Non
     )
     limits = {"max_bytes": service.config.max_request_bytes, "seconds": service.config.request_seconds}
     app.add_middleware(Limits, **limits, metrics=service.metrics)
+    if keys is not None:
+        app.add_middleware(Guard, keys=keys, metrics=service.metrics)  # the last one is the first to be asked
+        describe_keys(app)
     app.include_router(_routes(service, gather))
     app.include_router(protocol_router(lambda: service))
     app.add_exception_handler(ServiceError, explain)

@@ -12,6 +12,11 @@ class ServeConfig:
     """Published NAME, NAME@ALIAS or NAME/VERSION, or the folder of a run or a model; empty: the one in the box."""
     store: str = "./models"
     """Folder or s3:// or gs:// URI of the published models."""
+    api_key_file: str = ""
+    """File of API keys, one on a line; the environment variable CIFAR_API_KEY may hold one more. Without any, everybody
+    who can reach the service may use it. Read once, at the start."""
+    insecure: bool = False
+    """Let other machines use the service without a key."""
     replicas: str = "auto"
     """Processes that answer: N, or A:B to follow the load; `auto` is one for each GPU, or core, up to 4."""
     device: str = "auto"

@@ -12,10 +12,12 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.experimental import internal_kv
+from ray.serve.context import _get_global_client  # Serve has no other way to ask where it listens
 
 from cifar.machine import usable_cpus
 from cifar.serve.app import make_app
 from cifar.serve.config import ServeConfig
+from cifar.serve.keys import Keys, check_host, read_keys
 from cifar.serve.metrics import merge
 from cifar.serve.service import Service
 
@@ -34,17 +36,18 @@ METRICS_KEY = b"cifar-metrics-"
 class Replica:
     """One process that answers: its Service, and the app around it."""
 
-    def __init__(self, config: ServeConfig, threads: int) -> None:
+    def __init__(self, config: ServeConfig, threads: int, keys: Keys | None) -> None:
         # Only the messages of this package: Serve writes its own.
         logging.getLogger("cifar").setLevel(logging.INFO)
         if threads:
             torch.set_num_threads(threads)
+        self._keys = keys
         self._name = serve.get_replica_context().replica_id.unique_id
         self._service = Service(config, self._name)
         self._publishing = asyncio.get_running_loop().create_task(self._publish())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._service, self._gather)
+        return make_app(self._service, self._gather, self._keys)
 
     async def _publish(self) -> None:
         """Any replica may be asked for the metrics of all, so each leaves its own in the cluster's key-value store."""
@@ -72,8 +75,13 @@ class Replica:
         return merge(texts)
 
 
-def make_deployment(config: ServeConfig, own: bool = False) -> serve.Application:
-    """The application for the cluster that this process is connected to; `own`: of one machine, for nothing else."""
+def make_deployment(config: ServeConfig, keys: Keys | None, own: bool = False) -> serve.Application:
+    """The application for the cluster that this process is connected to; `own`: of one machine, for nothing else.
+
+    ConfigError where Serve lets other machines in, without keys and not `config.insecure`.
+    """
+    if ray.is_initialized() and (client := _get_global_client(raise_if_no_controller_running=False)):
+        check_host(client.http_config.host, keys, config.insecure)
     gpus = gpus_of(config)
     config = dataclasses.replace(config, replicas=replicas_of(config, gpus))
     low, high = config.replica_counts
@@ -96,15 +104,16 @@ def make_deployment(config: ServeConfig, own: bool = False) -> serve.Application
     )
     # Several processes of one thread each answer more than one whose threads wait for each other: 1.3 times the images
     # in requests of 32, on two cores.
-    return deployment.bind(config, max(1, usable_cpus() // high) if own else 0)
+    return deployment.bind(config, max(1, usable_cpus() // high) if own else 0, keys)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """For `serve deploy`: the fields of ServeConfig as `args` of the application."""
+    """For `serve deploy`: the fields of ServeConfig as `args` of the application. Any node may have to run it."""
     known = {field.name for field in dataclasses.fields(ServeConfig)}
     if unknown := sorted(args.keys() - known):
         raise ValueError(f"args: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return make_deployment(ServeConfig(**args))
+    config = ServeConfig(**args)
+    return make_deployment(config, read_keys(config.api_key_file))
 
 
 def gpus_of(config: ServeConfig) -> int:

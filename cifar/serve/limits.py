@@ -149,11 +149,11 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def refuse(send: Send, status: int, error: str) -> None:
+async def refuse(send: Send, status: int, error: str, *more: tuple[bytes, bytes]) -> None:
     """A whole response, which also closes the connection: what is left of the body is not read."""
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")]
+    headers += [(b"connection", b"close"), NOSNIFF, *more]
     if status == 503:
         headers.append((b"retry-after", str(RETRY_AFTER).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 from ray import serve
@@ -19,6 +20,7 @@ from cifar.cluster import start_ray
 from cifar.config import ConfigError, RunFailed
 from cifar.serve.config import ServeConfig
 from cifar.serve.deployment import make_deployment
+from cifar.serve.keys import check_host, read_keys
 from cifar.store import find_model
 
 APP = "cifar"
@@ -29,9 +31,16 @@ IDLE_SECONDS = 60
 logger = logging.getLogger(__name__)
 
 
+class Started(NamedTuple):
+    url: str
+    needs_key: bool
+
+
 @contextmanager
-def serving(config: ServeConfig, host: str, port: int) -> Iterator[str]:
-    """The service's URL, once it answers. A Ray of its own ends with the block; on a cluster the service stays."""
+def serving(config: ServeConfig, host: str, port: int) -> Iterator[Started]:
+    """The service, once it answers. A Ray of its own ends with the block; on a cluster the service stays."""
+    keys = read_keys(config.api_key_file)
+    check_host(host, keys, config.insecure)
     with find_model(config.model, config.store):  # a mistake is said here, in one line, not by a replica
         pass
     own = not os.environ.get("RAY_ADDRESS")
@@ -48,12 +57,13 @@ def serving(config: ServeConfig, host: str, port: int) -> Iterator[str]:
         start_ray(verbose=False)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(http_options={"host": host, "port": port})
-        application = make_deployment(config, own)
+        application = make_deployment(config, keys, own)
         try:
             serve.run(application, name=APP, route_prefix="/")
         except RuntimeError as error:
             raise RunFailed(f"the service did not start: {error}; its log is in {logs()}") from error
-        yield f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{port}/"
+        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::', '') else host}:{port}/"
+        yield Started(url, keys is not None)
 
 
 def logs() -> str:
