@@ -3,5 +3,6 @@
 from cifar.report.data import write_data_report
 from cifar.report.evaluation import write_report
 from cifar.report.history import read_history
+from cifar.report.sweep import write_sweep_report
 
-__all__ = ["read_history", "write_data_report", "write_report"]
+__all__ = ["read_history", "write_data_report", "write_report", "write_sweep_report"]

@@ -24,6 +24,7 @@ from cifar.report.page import PERCENT
 
 TRAIN, VAL = "#d9730d", "#2f7ed8"  # apart also for the colour-blind, and legible on white and on near-black
 INK = "#010203"  # a stand-in that `svg` turns into the page's own text colour
+PAPER = "#fefdfc"  # and one for the page's background; white enough for a PNG
 MOST_ANNOTATED = 20
 """Classes up to which a confusion matrix shows its counts."""
 
@@ -38,7 +39,7 @@ def svg(draw: Draw, size: tuple[float, float], title: str) -> Markup:
         content = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(content, metadata={"Date": None, "Creator": None})
     text = content.getvalue().decode()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--paper)")
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # figure_1 and so on: the same in each picture of a page
     return Markup(text.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1))
 
