@@ -32,6 +32,11 @@ class Blocks:
         refs = [ray.put(prepared.read(rows, ["image", "label", "index"])) for rows in groups]
         return cls(refs=refs, rows=[rows.stop - rows.start for rows in groups])
 
+    @classmethod
+    def of(cls, table: pa.Table) -> "Blocks":
+        """One block: who reads all of it gets its pages, not a copy."""
+        return cls(refs=[ray.put(table.combine_chunks())], rows=[len(table)])
+
     def read(self, start: int, stop: int) -> pa.Table:
         """Rows start..stop; fetches the blocks that hold them and no others."""
         tables, first = [], 0

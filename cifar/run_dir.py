@@ -20,16 +20,17 @@ SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "im
 
 
 class RunDir:
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, hparams: dict[str, Any] | None = None):
+        """`hparams` are shown by TensorBoard beside the curves."""
+        self.path, self._hparams = path, hparams
 
-    def open(self, config: Config, prepared: Prepared) -> None:
-        """Claim the folder for this config and data; ConfigError when it holds another run."""
+    def open(self, config: Config, prepared: Prepared, changing: bool = False) -> None:
+        """Claim the folder for this config and data; ConfigError when it holds another run, unless it is `changing`."""
         wanted = {"config": config.to_dict(), "fingerprint": prepared.fingerprint, "source": prepared.source}
         # Where a run is kept and on how many workers it goes on may change; what it computes may not.
         del wanted["config"]["run"]
         found = self.read_text("config.json")
-        if found is None:
+        if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return
         differing = sorted(_differences(self._parse(found), wanted))
@@ -50,7 +51,7 @@ class RunDir:
         lines = "".join(json.dumps(row) + "\n" for row in history)
         write_file(join(self.path, "metrics.jsonl"), lines.encode())
         with tempfile.TemporaryDirectory() as folder:
-            name = write_events(Path(folder), history)
+            name = write_events(Path(folder), history, self._hparams)
             write_file(join(self.path, "tensorboard/events.out.tfevents.run"), (Path(folder) / name).read_bytes())
 
     def copy_model(self, checkpoint: str, files: fs.FileSystem | None = None) -> str:
@@ -117,11 +118,15 @@ def writable(path: str) -> Iterator[Path]:
                 write_file(join(path, file.relative_to(folder).as_posix()), file.read_bytes())
 
 
-def write_events(folder: Path, history: list[dict[str, Any]]) -> str:
+def write_events(folder: Path, history: list[dict[str, Any]], hparams: dict[str, Any] | None = None) -> str:
     """Write one TensorBoard event file to the empty `folder` and return its name."""
-    from tensorboardX import SummaryWriter  # only at an epoch's end: its import takes a part of a second
+    from tensorboardX import SummaryWriter, summary  # only at an epoch's end: their import takes a part of a second
 
     with SummaryWriter(str(folder), write_to_disk=True) as writer:
+        if hparams is not None:
+            files: Any = writer.file_writer
+            for part in summary.hparams(hparams, {"val/accuracy": 0.0}):
+                files.add_summary(part)
         for row in history:
             for name in SCALARS:
                 writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])

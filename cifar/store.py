@@ -314,7 +314,7 @@ def find_model(reference: str, store: str) -> Iterator[FoundModel]:
     """
     if path := model_path(reference):
         with local_model(path) as folder:
-            yield FoundModel(folder=folder, name=_name_of(reference), version=absolute(path))
+            yield FoundModel(folder=folder, name=name_of(reference), version=absolute(path))
         return
     where = Store(store if reference else str(BOX))
     try:
@@ -333,7 +333,7 @@ def model_path(reference: str) -> str | None:
     return None
 
 
-def _name_of(path: str) -> str:
+def name_of(path: str) -> str:
     """A name for a model that was never published: its run's."""
     parts = [part for part in absolute(path).partition("?")[0].split("/") if part and part != "model"]
     return re.sub(r"[^\w.\-]", "-", parts[-1], flags=re.ASCII).lstrip("-._") or "model"

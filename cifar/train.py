@@ -6,10 +6,10 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar.cluster import Plan, make_plan, start_ray
 from cifar.config import Config, RunFailed
@@ -18,6 +18,9 @@ from cifar.data.prepared import absolute, join
 from cifar.data.shares import num_batches
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from cifar.ray_job import Job
 
 MAX_FAILURES = 5
 """Deaths of workers that a run survives; a preempted node does not count."""
@@ -90,10 +93,8 @@ def prepare_while_ray_starts(config: Config) -> Prepared:
 def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
     """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
     import ray
-    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-    from cifar.lean_trainer import LeanTrainer
-    from cifar.ray_job import Blocks, Job, run_worker
+    from cifar.ray_job import Blocks, Job
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), nodes)
@@ -107,6 +108,17 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         train=Blocks.put(prepared, "train") if resident else None,
         val=Blocks.put(prepared, "val") if resident else None,
     )
+    with run_dir.lock(), watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
+        return train_on_ray(job, plan, run_dir)
+
+
+def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """The summary of the workers, with the best model copied to the run's folder; `callbacks` are Ray Train's."""
+    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+
+    from cifar.lean_trainer import LeanTrainer
+    from cifar.ray_job import run_worker
+
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
     trainer = LeanTrainer(
         run_worker,
@@ -122,13 +134,13 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
             name="checkpoints",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
+            callbacks=list(callbacks),
         ),
     )
-    with run_dir.lock(), watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
-        try:
-            result = trainer.fit()
-        except TrainingFailedError as error:
-            raise RunFailed(f"{run_dir.path}: {first_cause(error)}") from error
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise RunFailed(f"{run_dir.path}: {first_cause(error)}") from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise RunFailed(f"{run_dir.path}: {summary['error']}")

@@ -98,6 +98,7 @@ def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) ->
     assert sorted({Path(command[1]).stem for command in commands}) == JOBS
     environment = os.environ | {"CIFAR10_DIR": str(parquet)}
     shorter = {"jobs/train.py": ["--epochs", "2"], "jobs/benchmark.py": ["--epochs", "2", "--budget", "0.05"]}
+    shorter["jobs/tune.py"] = ["--trials", "2", "--epochs", "2", "--widths", "8", "--depths", "2", "--confirm", "1,1"]
     (tmp_path / "photo.jpg").write_bytes(png(0))
     for command in commands:
         _, job, *flags = command
@@ -111,6 +112,7 @@ def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) ->
         assert done.returncode == 0, command
     assert (tmp_path / "data-report/data_report.html").exists()
     assert len(list(tmp_path.glob("runs/*/report.html"))) == 2
+    assert len(list(tmp_path.glob("runs/*/sweep.html"))) == 1
     assert (tmp_path / "report/report.html").exists()
     assert json.loads((tmp_path / "benchmark/benchmark.json").read_text())["stages"]
     assert (tmp_path / "predictions/photo.png").exists()

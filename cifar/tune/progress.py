@@ -1,0 +1,90 @@
+"""A sweep in the terminal: a line for each trial that ends, and below a short table of the best."""
+
+import sys
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cifar.tune.ledger import Trial
+
+BEST = 5
+REDRAW_SECONDS = 0.25
+
+
+class SweepDisplay:
+    def __init__(self, trials: int, at_once: int, deadline: float | None):
+        """`trials` to come to, so many `at_once`; `deadline` by `time.monotonic`, if there is one."""
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._trials, self._at_once, self._deadline = trials, at_once, deadline
+        self._known: dict[str, Trial] = {}
+        self._ended: set[str] = set()
+        self._seconds: list[float] = []
+        self._drawn_at = 0.0
+        self._live: Live | None = None
+
+    def __enter__(self) -> "SweepDisplay":
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def known(self, trials: list[Trial]) -> None:
+        """Those that ended before: counted, not printed."""
+        self._known |= {trial.key: trial for trial in trials}
+        self._ended |= {trial.key for trial in trials if trial.done}
+
+    def changed(self, trial: Trial) -> None:
+        self._known[trial.key] = trial
+        if trial.done and trial.key not in self._ended:
+            self._ended.add(trial.key)
+            self._seconds.append(trial.train_seconds)
+            score = "" if trial.score is None else f"val accuracy {trial.score:.4f}  "
+            epochs = f"{trial.epochs}/{trial.epochs_planned} epochs"
+            values = "  ".join(f"{name} {short(value)}" for name, value in trial.current.items())
+            self._console.print(
+                f"trial {trial.key}  {score}{epochs} in {trial.train_seconds:.1f} s  {trial.state}: {trial.reason}"
+                f"  [{values}]",
+                markup=False,
+            )
+        if self._live is not None and time.monotonic() - self._drawn_at > REDRAW_SECONDS:
+            self._drawn_at = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Group:
+        trials = [trial for trial in self._known.values() if trial.score is not None]
+        best = sorted(trials, key=lambda trial: -(trial.score or 0.0))[:BEST]
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("best", "val accuracy", "epochs", "state"):
+            table.add_column(name)
+        names = list(best[0].values) if best else []
+        for name in names:
+            table.add_column(name)
+        for trial in best:
+            values = [short(trial.current[name]) for name in names]
+            epochs = f"{trial.epochs}/{trial.epochs_planned}"
+            table.add_row(trial.key, f"{trial.score:.4f}", epochs, trial.state, *values)
+        running = sum(trial.state == "running" for trial in self._known.values())
+        failed = sum(trial.state == "failed" for trial in self._known.values())
+        line = f"{len(self._ended)} of {self._trials} trials ended, {running} running, {failed} failed{self._left()}"
+        return Group(table, Text(line))
+
+    def _left(self) -> str:
+        """By the mean of the trials that ended in this call."""
+        if not self._seconds:
+            return ""
+        each = sum(self._seconds) / len(self._seconds)
+        left = each * (self._trials - len(self._ended)) / self._at_once
+        if self._deadline is not None:
+            left = min(left, max(self._deadline - time.monotonic(), 0.0))
+        return f", about {left:.0f} s left"
+
+
+def short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

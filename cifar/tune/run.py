@@ -1,0 +1,488 @@
+"""A sweep from its flags to its winner: search, then the best trained anew with other seeds; the same call resumes."""
+
+import datetime
+import hashlib
+import json
+import logging
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from cifar.config import Config, ConfigError, RunFailed
+from cifar.data import Prepared
+from cifar.data.prepared import absolute, join, read_file, write_file
+from cifar.machine import usable_cpus
+from cifar.ray_job import Blocks
+from cifar.run_dir import locked
+from cifar.statistics import statistics
+from cifar.train import prepare_while_ray_starts
+from cifar.tune.execute import execute, make_scheduler, rungs, unchangeable
+from cifar.tune.folds import make_folds
+from cifar.tune.ledger import BUDGET, Ledger, Trial
+from cifar.tune.plan import SweepPlan, make_sweep_plan
+from cifar.tune.progress import SweepDisplay
+from cifar.tune.settings import TuneConfig
+from cifar.tune.space import Choice, Space, apply, check_space, describe, flags_of, lines, load_space, without_fixed
+from cifar.tune.spaces import SPACES, space_for
+from cifar.tune.study import Study, dashboard
+from cifar.tune.trial import SweepJob
+
+FORMAT = 1
+FIRST_SEED = 101
+"""Of those that confirm, added to the sweep's own."""
+WRITE_SECONDS = 5.0
+"""Between two writings of sweep.json."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What `sweep` leaves behind."""
+
+    path: str
+    winner: str
+    """Run folder of the winner."""
+    prepared: Prepared
+    summary: dict[str, Any]
+    """What is in sweep.json, which cifar.report draws."""
+
+
+def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config) -> Sweep:
+    """Search around `config`, which is `recipe` but for what flags fixed. ConfigError for what the user can mend,
+    RunFailed when all trials failed."""
+    source = space_for(config.model.model) if tune.space == "auto" else tune.space
+    space, fixed = without_fixed(load_space(source, SPACES), config, recipe)
+    check_space(space, source, config)
+    if not space:
+        raise ConfigError(f"--space {source}: every setting in it is fixed by a flag; leave one to search")
+    if tune.search == "pbt" and (cannot := unchangeable(space)):
+        raise ConfigError(
+            f"--search pbt: {', '.join(cannot)} cannot change while a network trains; "
+            "fix them by flags, or use --space augment"
+        )
+    logger.info("space %s:", source)
+    for line in lines(space):
+        logger.info("  %s", line)
+    for name in fixed:
+        logger.info("  %s is not searched, since a flag gives it", name)
+    prepared = prepare_while_ray_starts(config)
+    minutes, config = config.train.max_minutes, replace(config, train=replace(config.train, max_minutes=0.0))
+    config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
+    plan = make_sweep_plan(config, tune, data_bytes, nodes, usable_cpus())
+    logger.info("%s", plan)
+    path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, prepared))
+    searching = Searching(config, tune, recipe_name, recipe, source, space, prepared, plan, path, minutes)
+    searching.claim()
+    logger.info("sweep: %s", path)
+    with locked_sweep(path):
+        searching.search()
+        searching.confirm()
+        summary = searching.finish()
+    if summary["winner"] is None:
+        reasons = {trial.reason for trial in searching.trials.trials.values() if trial.state == "failed"}
+        raise RunFailed(f"{path}: no trial came to a model; {'; '.join(sorted(reasons)[:3]) or 'none was run'}")
+    return Sweep(path=path, winner=summary["winner"]["path"], prepared=prepared, summary=summary)
+
+
+@contextmanager
+def locked_sweep(path: str) -> Iterator[None]:
+    with locked(path, "another process works on this sweep; wait, or give another --name"):
+        yield
+
+
+def default_name(config: Config, tune: TuneConfig, source: str, prepared: Prepared) -> str:
+    """The same flags give the same name, so that the same command resumes; more trials or minutes go on with it."""
+    identity = [identify(config, tune), source, prepared.fingerprint]
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
+    data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
+    return f"{data}-sweep-{digest}"
+
+
+def identify(config: Config, tune: TuneConfig) -> dict[str, Any]:
+    """What a trial and its fate depend on."""
+    values = config.to_dict()
+    del values["run"]
+    names = ("search", "scheduler", "grace_epochs", "reduction", "folds")
+    return values | {name: getattr(tune, name) for name in names}
+
+
+class Searching:
+    """The work of one call of `sweep`."""
+
+    def __init__(
+        self,
+        config: Config,
+        tune: TuneConfig,
+        recipe_name: str,
+        recipe: Config,
+        source: str,
+        space: Space,
+        prepared: Prepared,
+        plan: SweepPlan,
+        path: str,
+        minutes: float,
+    ):
+        self.config, self.tune, self.recipe_name, self.recipe = config, tune, recipe_name, recipe
+        self.source, self.space, self.prepared, self.plan, self.path = source, space, prepared, plan, path
+        self.minutes = minutes
+        self.max_epochs = tune.folds or max_epochs(config, space)
+        self.trials = Ledger(join(path, "trials"))
+        self.confirmed = Ledger(join(path, "confirm"))
+        before = json.loads(read_file(join(path, "sweep.json")) or b"{}")
+        self._seconds_before = before.get("wall_seconds", 0.0)
+        self._kept = {name: before.get(name) for name in ("test", "published")}
+        self._winner_before = (before.get("winner") or {}).get("path")
+        self._started = time.time()
+        self._written_at = 0.0
+
+    def claim(self) -> None:
+        """The folder is this sweep's; ConfigError if it is another one's."""
+        wanted = identify(self.config, self.tune) | {
+            "space": describe(self.space),
+            "fingerprint": self.prepared.fingerprint,
+        }
+        file = join(self.path, "sweep-config.json")
+        found = read_file(file)
+        if found is None:
+            if read_file(join(self.path, "config.json")) is not None:
+                raise ConfigError(f"{self.path}: holds a run, not a sweep; give another --name")
+            write_file(file, (json.dumps(wanted, indent=1) + "\n").encode())
+            return
+        differing = sorted(name for name, value in wanted.items() if json.loads(found).get(name) != value)
+        if differing:
+            raise ConfigError(
+                f"{self.path}: holds a sweep with another {', '.join(differing)}; "
+                "give the same flags to resume it, or another --name"
+            )
+
+    def search(self) -> None:
+        """Run the trials that are left."""
+        known = sorted(self.trials.trials.values(), key=lambda trial: trial.number)
+        for trial in known:
+            if trial.state == "stopped" and trial.reason == BUDGET:
+                trial.state = "running"  # there is time again, or it will end for the same reason
+        left = [trial for trial in known if not trial.done]
+        if not left and len(known) >= self.tune.trials:
+            logger.info("all %d trials were done before", len(known))
+            return
+        seconds = None
+        if self.minutes:
+            seconds = max(60 * self.minutes - self._seconds_before, 1.0)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        with ExitStack() as stack:
+            folder = self.path if "://" not in self.path else stack.enter_context(tempfile.TemporaryDirectory())
+            file = Path(folder) / "study.log"
+            study = Study(file, Path(self.path).name, self.space, self.tune.search, self.config.train.seed, known)
+            if self.tune.dashboard:
+                url = stack.enter_context(dashboard(file, self.tune.dashboard_port))
+                logger.info("dashboard: %s", url)
+            count = max(self.tune.trials, len(known))
+            display = stack.enter_context(SweepDisplay(count, self.plan.at_once, deadline))
+            display.known(known)
+
+            def changed(trial: Trial) -> None:
+                study.end(trial) if trial.done else study.report(trial)
+                display.changed(trial)
+                self.write_summary("running")
+
+            self.trials.changed = changed
+            execute(
+                self._job(self.trials.path),
+                self.trials,
+                make_scheduler(self.tune, self.space, self.max_epochs),
+                self._next(known, study, count),
+                count,
+                seconds,
+                self._why_stopped,
+            )
+            self.trials.changed = lambda trial: None
+
+    def _next(self, known: list[Trial], study: Study, count: int) -> Any:
+        """What gives one trial after the other: those that were begun, in their order, then new ones.
+
+        Those that ended come too where a scheduler has to hear of them.
+        """
+        again = [t for t in known if not t.done or (self.tune.stops_early and t.state != "failed" and t.history)]
+        numbers = iter(range(len(known), count))
+
+        def next_trial() -> Trial | None:
+            if again:
+                return again.pop(0)
+            number = next(numbers, None)
+            if number is None:
+                return None
+            return self.trials.add(self._planned(Trial(number=number, values=study.propose(number))))
+
+        return next_trial
+
+    def _planned(self, trial: Trial) -> Trial:
+        try:
+            trial.epochs_planned = apply(self.config, self.space, trial.values).train.epochs
+        except ConfigError:  # the trial will fail, and say so
+            trial.epochs_planned = self.config.train.epochs
+        return trial
+
+    def confirm(self) -> None:
+        """Train the best configurations anew, with seeds that the search has not seen."""
+        configs, seeds = self.tune.confirm_counts
+        best = self.ranked()[:configs]
+        if not best or not seeds:
+            return
+        planned = [
+            Trial(
+                number=trial.number,
+                values=trial.current,
+                seed=self.config.train.seed + FIRST_SEED + place,
+                epochs_planned=trial.epochs_planned,
+            )
+            for trial in best
+            for place in range(seeds)
+        ]
+        todo = [trial for trial in map(self.confirmed.add, planned) if not trial.done]
+        if not todo:
+            return
+        logger.info("confirming: the best %d, each with %d new seeds", len(best), seeds)
+        with SweepDisplay(len(planned), self.plan.at_once, None) as display:
+            display.known(list(self.confirmed.trials.values()))
+
+            def changed(trial: Trial) -> None:
+                display.changed(trial)
+                self.write_summary("running")
+
+            self.confirmed.changed = changed
+            waiting = iter(todo)
+            job = self._job(self.confirmed.path, confirming=True)
+            none = replace(self.tune, search="random", scheduler="none", folds=0)
+            scheduler = make_scheduler(none, self.space, self.max_epochs)
+            execute(
+                job,
+                self.confirmed,
+                scheduler,
+                lambda: next(waiting, None),
+                len(todo),
+                None,
+                lambda trial: BUDGET,
+            )
+            self.confirmed.changed = lambda trial: None
+
+    def _job(self, path: str, confirming: bool = False) -> SweepJob:
+        """With the images put into the object store once, for all trials."""
+        train, val, folds = None, None, ()
+        if self.tune.folds and not confirming:
+            whole, folds = make_folds(self.prepared, self.tune.folds, self.config.data.split_seed)
+            train = val = Blocks.of(whole)
+        elif self.plan.resident:
+            columns = ["image", "label", "index"]
+            train, val = (Blocks.of(self.prepared.table(split, columns)) for split in ("train", "val"))
+        return SweepJob(
+            config=self.config,
+            space=self.space,
+            prepared=self.prepared,
+            path=path,
+            plan=self.plan,
+            train=train,
+            val=val,
+            folds=folds,
+            changing=("",) if self.tune.search == "pbt" and not confirming else (),
+        )
+
+    def ranked(self) -> list[Trial]:
+        """Trials that have a score, best first; the earlier one of equals."""
+        scored = [trial for trial in self.trials.trials.values() if trial.score is not None]
+        return sorted(scored, key=lambda trial: (-(trial.score or 0.0), trial.number))
+
+    def _why_stopped(self, trial: Trial) -> str:
+        done = len(trial.folds) or trial.epochs
+        unit = "fold" if self.tune.folds else "epoch"
+        if self.tune.search == "pbt" or self.tune.scheduler == "none":
+            return BUDGET
+        if self.tune.scheduler == "median":
+            return f"median: after {unit} {done} below the median of the others' means"
+        rung = max((rung for rung in self.rungs if rung <= done), default=done)
+        others = [value for other in self.trials.trials.values() if (value := self._at(other, rung)) is not None]
+        cutoff = float(np.percentile(others, 100 * (1 - 1 / self.tune.reduction)))
+        mine = self._at(trial, rung)
+        told = "" if mine is None else f", {mine:.4f} against about {cutoff:.4f}"
+        return f"asha: after {unit} {rung} not among the best 1/{self.tune.reduction}{told}"
+
+    def _at(self, trial: Trial, rung: int) -> float | None:
+        if trial.folds:
+            return float(np.mean(trial.folds[:rung])) if len(trial.folds) >= rung else None
+        return next((row["val_accuracy"] for row in trial.history if row["epoch"] == rung), None)
+
+    @property
+    def rungs(self) -> list[int]:
+        return rungs(self.tune, self.max_epochs)
+
+    def command(self, trial: Trial) -> str:
+        """What trains the trial's configuration by itself."""
+        config = self.config
+        try:
+            config = apply(config, self.space, trial.current)
+        except ConfigError:  # it is for reading only: the trial failed
+            return ""
+        if trial.seed is not None:
+            config = replace(config, train=replace(config.train, seed=trial.seed))
+        flags = flags_of(config, self.recipe)
+        return shlex.join(["python", "jobs/train.py", "--recipe", self.recipe_name, *flags])
+
+    def write_summary(self, state: str, everything: bool = False) -> dict[str, Any] | None:
+        """sweep.json, at most every few seconds while the sweep runs."""
+        if not everything and time.monotonic() - self._written_at < WRITE_SECONDS:
+            return None
+        self._written_at = time.monotonic()
+        summary = self.summary(state)
+        write_file(join(self.path, "sweep.json"), (json.dumps(summary) + "\n").encode())
+        return summary
+
+    def finish(self) -> dict[str, Any]:
+        spent = any(trial.reason == BUDGET for trial in self.trials.trials.values())
+        few = len(self.trials.trials) < self.tune.trials
+        summary = self.write_summary("budget spent" if spent or few else "finished", everything=True)
+        assert summary is not None
+        return summary
+
+    def summary(self, state: str) -> dict[str, Any]:
+        tune, trials = self.tune, sorted(self.trials.trials.values(), key=lambda trial: trial.number)
+        now = datetime.datetime.fromtimestamp(self._started, datetime.UTC)
+        confirmed = self._confirmed()
+        winner = self._winner(confirmed)
+        # Of another winner they would say nothing.
+        kept = self._kept if winner and winner["path"] == self._winner_before else dict.fromkeys(self._kept)
+        return {
+            "format": FORMAT,
+            "name": Path(self.path).name,
+            "data": self.prepared.source,
+            "recipe": self.recipe_name,
+            "space_name": self.source,
+            "search": tune.search,
+            "scheduler": "none" if tune.search == "pbt" else tune.scheduler,
+            "folds": tune.folds,
+            "seed": self.config.train.seed,
+            "trials_wanted": tune.trials,
+            "at_once": self.plan.at_once,
+            "plan": str(self.plan),
+            "metric": "val_accuracy",
+            "state": state,
+            "started_at": now.isoformat(timespec="seconds"),
+            "wall_seconds": self._seconds_before + time.time() - self._started,
+            "train_seconds": sum(trial.train_seconds for trial in trials),
+            "rungs": self.rungs,
+            "space": describe(self.space),
+            "trials": [self._described(trial) for trial in trials],
+            "confirmed": confirmed,
+            "confirm_seconds": sum(trial.train_seconds for trial in self.confirmed.trials.values()),
+            "winner": winner,
+            "luck": self._luck(confirmed),
+            **kept,
+        }
+
+    def _described(self, trial: Trial) -> dict[str, Any]:
+        done = len(trial.folds) or trial.epochs
+        since = [None if when is None else when - self._started for when in (trial.started, trial.ended)]
+        return {
+            "number": trial.number,
+            "values": trial.values,
+            "state": trial.state,
+            "reason": trial.reason,
+            "score": trial.score,
+            "epochs": trial.epochs,
+            "epochs_planned": trial.epochs_planned,
+            "rung": sum(rung <= done for rung in self.rungs) - 1,
+            "train_seconds": trial.train_seconds,
+            "started": since[0],
+            "ended": since[1],
+            "resumed": max(trial.attempts - 1, 0),
+            "history": trial.history,
+            "folds": trial.folds,
+            "mutations": trial.mutations,
+            "command": self.command(trial),
+            "path": self.trials.path_of(trial),
+        }
+
+    def _confirmed(self) -> list[dict[str, Any]]:
+        """The configurations that were trained anew, the best mean first."""
+        found = []
+        for number in sorted({trial.number for trial in self.confirmed.trials.values()}):
+            runs = [t for t in self.confirmed.trials.values() if t.number == number and t.score is not None and t.done]
+            if not runs:
+                continue
+            runs.sort(key=lambda trial: trial.seed or 0)
+            values = statistics(trial.score for trial in runs if trial.score is not None)
+            best = max(runs, key=lambda trial: trial.score or 0.0)
+            searched = self.trials.trials[f"{number:05d}"]
+            interval = values["ci95"]
+            found.append(
+                {
+                    "number": number,
+                    "values": best.values,
+                    "seeds": [trial.seed for trial in runs],
+                    "scores": [trial.score for trial in runs],
+                    "mean": values["mean"],
+                    "interval": interval and [max(interval[0], 0.0), min(interval[1], 1.0)],
+                    "search_score": searched.score,
+                    "command": self.command(best),
+                    "path": self.confirmed.path_of(best),
+                }
+            )
+        return sorted(found, key=lambda values: (-values["mean"], values["number"]))
+
+    def _winner(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if confirmed:
+            first = confirmed[0]
+            return {name: first[name] for name in ("number", "command", "path")} | {"confirmed": True}
+        ranked = [] if self.tune.folds else self.ranked()
+        if not ranked:
+            return None
+        best = ranked[0]
+        return {
+            "number": best.number,
+            "command": self.command(best),
+            "path": self.trials.path_of(best),
+            "confirmed": False,
+        }
+
+    def _luck(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """How much of the best trial's lead over the median trial its fresh seeds do not repeat."""
+        ranked = self.ranked()
+        again = next((one for one in confirmed if ranked and one["number"] == ranked[0].number), None)
+        if again is None:
+            return None
+        best = ranked[0].score or 0.0
+        gain = best - float(np.median([trial.score for trial in ranked if trial.score is not None]))
+        luck = best - again["mean"]
+        return {
+            "search_score": best,
+            "confirmed_mean": again["mean"],
+            "luck": luck,
+            "gain": gain,
+            "share": luck / gain if gain > 0 else None,
+        }
+
+
+def max_epochs(config: Config, space: Space) -> int:
+    """Of any trial."""
+    domain = space.get("epochs")
+    if domain is None:
+        return config.train.epochs
+    return int(max(domain.options) if isinstance(domain, Choice) else domain.high)
+
+
+def keep(path: str, **found: Any) -> dict[str, Any]:
+    """Add to sweep.json what became of the winner: `test`, `published`."""
+    file = join(path, "sweep.json")
+    summary = json.loads(read_file(file) or b"{}") | found
+    write_file(file, (json.dumps(summary) + "\n").encode())
+    return summary

@@ -1,0 +1,421 @@
+"""Spaces, plans, the ledger and the study of a sweep, without Ray."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cifar.data import Prepared
+from cifar.recipes import RECIPES, fast, notebook
+from cifar.tune import Choice, Float, Int
+from cifar.tune.execute import clipped, make_scheduler, rungs, setting_of, unchangeable
+from cifar.tune.folds import make_folds
+from cifar.tune.ledger import Ledger, Trial
+from cifar.tune.plan import make_sweep_plan
+from cifar.tune.progress import SweepDisplay
+from cifar.tune.run import default_name, max_epochs
+from cifar.tune.settings import TuneConfig
+from cifar.tune.space import (
+    MUTABLE,
+    Space,
+    apply,
+    check_space,
+    describe,
+    flags_of,
+    lines,
+    load_space,
+    settings_of,
+    without_fixed,
+)
+from cifar.tune.spaces import SPACES, space_for
+from cifar.tune.study import Study
+from cifar.tune.trial import explain, mean_history
+from jobs.tune import main
+
+SPACE: Space = {
+    "lr": Float(0.01, 1.0, log=True),
+    "epochs": Int(2, 9),
+    "widths": Choice((8, 16), (8, 16, 32)),
+    "flip": Choice("alternating", "random"),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_shipped_space_is_valid_for_its_recipe(name: str) -> None:
+    check_space(SPACES[name], name, notebook() if name == "notebook" else fast())
+
+
+def test_each_recipe_has_a_space_that_suits_it() -> None:
+    for recipe in RECIPES.values():
+        config = recipe()
+        check_space(SPACES[space_for(config.model.model)], "auto", config)
+
+
+def test_values_become_settings() -> None:
+    config = apply(fast(), SPACE, {"lr": 0.1, "epochs": 5, "widths": "8 16 32", "flip": "random"})
+    assert (config.optim.lr, config.train.epochs, config.model.widths, config.augment.flip) == (
+        *(0.1, 5, (8, 16, 32), "random"),
+    )
+    assert config.data == fast().data
+
+
+def test_a_users_space_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        'from cifar.tune import Choice, Float, Int\nSPACE = {"lr": Float(0.01, 0.1), "cutout": Int(0, 8)}\n'
+    )
+    space = load_space(str(file), SPACES)
+    assert lines(space) == ["lr      0.01 to 0.1", "cutout  0 to 8, whole"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SPACE = {", "SyntaxError"),
+        ("x = 1", "defines no SPACE"),
+        ("SPACE = {}", "defines no SPACE"),
+        ("from cifar.tune import *; SPACE = {'learning_rate': Float(0, 1)}", "learning_rate: no setting.*lr"),
+        ("from cifar.tune import *; SPACE = {'seed': Int(0, 9)}", "seed: no setting"),
+        ("from cifar.tune import *; SPACE = {'lr': (0, 1)}", "lr:.*no Float, Int or Choice"),
+        ("from cifar.tune import *; SPACE = {'lr': Float(0.5, 0.1)}", "lr:.*low must be less than high"),
+        ("from cifar.tune import *; SPACE = {'lr': Float(0, 1, log=True)}", "lr:.*positive if log"),
+        ("from cifar.tune import *; SPACE = {'lr': Float(0, float('nan'))}", "lr:.*numbers"),
+        ("from cifar.tune import *; SPACE = {'lr': Choice()}", "lr: a Choice without options"),
+        ("from cifar.tune import *; SPACE = {'lr': Choice(0.1, 0.1)}", "lr:.*twice"),
+        ("from cifar.tune import *; SPACE = {'epochs': Float(1, 5)}", "epochs:.*another type"),
+        ("from cifar.tune import *; SPACE = {'epochs': Choice(1, '5')}", "epochs:.*another type"),
+        ("from cifar.tune import *; SPACE = {'dropout': Float(0, 1.5)}", "dropout: --dropout 1.5"),
+        ("from cifar.tune import *; SPACE = {'optimizer': Choice('sgd', 'ADAM')}", "optimizer:.*ADAM"),
+    ],
+)
+def test_a_wrong_space_is_one_error_that_names_the_setting(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=f"--space {file}.*{message}"):
+        check_space(load_space(str(file), SPACES), str(file), fast())
+
+
+def test_an_unknown_space_names_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="--space fat: no such space; use fast, notebook"):
+        load_space("fat", SPACES)
+
+
+def test_a_flag_fixes_what_it_names() -> None:
+    config = replace(fast(), optim=replace(fast().optim, lr=0.3))
+    space, fixed = without_fixed(SPACE, config, fast())
+    assert fixed == ["lr"]
+    assert set(space) == {"epochs", "widths", "flip"}
+
+
+def test_the_command_of_a_trial_makes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by jobs/train.py's own flags."""
+    from jobs import train as job
+
+    config = replace(fast(), model=replace(fast().model, tta="none"))
+    config = apply(config, SPACE, {"lr": 0.1, "epochs": 5, "widths": "8 16 32", "flip": "random"})
+    config = replace(config, train=replace(config.train, compile=True))
+    seen: list[Config] = []
+
+    def remember(config: Config) -> dict[str, Any]:
+        """Nothing is trained."""
+        seen.append(config)
+        return {}
+
+    monkeypatch.setattr(job, "train", remember)
+    assert job.main(["--recipe", "fast", *flags_of(config, fast())]) == 0
+    assert seen == [config]
+
+
+def test_settings_that_may_change_in_a_run_are_settings() -> None:
+    assert settings_of(fast()).keys() >= MUTABLE
+    assert unchangeable(SPACES["augment"]) == []
+    assert unchangeable(SPACE) == ["epochs", "flip", "widths"]
+
+
+def test_changed_values_stay_in_their_range() -> None:
+    """Tune multiplies by 0.8 or 1.2."""
+    space: Space = {"lr": Float(0.1, 1.0), "cutout": Int(2, 8), "optimizer": Choice("sgd", "adam")}
+    setting = {"key": "00001", "values": {"lr": 1.2, "cutout": 1, "optimizer": "adam"}}
+    assert clipped(setting, space) == {"key": "00001", "values": {"lr": 1.0, "cutout": 2, "optimizer": "adam"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trials", "0"], "--trials 0: use 1"),
+        (["--folds", "1"], "--folds 1: use 2 to 100"),
+        (["--reduction", "1"], "--reduction 1: use 2 or more"),
+        (["--confirm", "3"], "--confirm 3: use K,S"),
+        (["--publish", "a/b"], "--publish a/b: use letters"),
+        (["--search", "pbt", "--folds", "3"], "drop --folds"),
+        (["--search", "pbt", "--trials", "3"], "--trials 3"),
+        (["--search", "pbt", "--data", "digits", "--space", "fast"], "widths cannot change while a network trains"),
+        (["--space", "nowhere.py"], "--space nowhere.py: no such file"),
+        (["--search", "grid"], "--search"),
+    ],
+)
+def test_bad_flags_are_one_clear_error(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    shown = capsys.readouterr().err
+    assert message in " ".join(shown.split())
+    assert "Traceback" not in shown
+
+
+ONE_DEPTH = replace(fast(), model=replace(fast().model, depths=(2,)))
+NODE = {"CPU": 2.0, "memory": 16e9, "object_store_memory": 4e9}
+
+
+def plan_of(config: Config, tune: TuneConfig, *nodes: dict[str, float], data: int = 1000) -> Any:
+    return make_sweep_plan(config, tune, data, nodes or (NODE,), cores=2)
+
+
+def on(config: Config, **run: Any) -> Config:
+    return replace(config, run=RunConfig(**run))
+
+
+def test_as_many_trials_as_cores_each_with_its_threads() -> None:
+    plan = plan_of(fast(), TuneConfig())
+    assert (plan.at_once, plan.cpus, plan.gpus, plan.threads) == (2, 1, 0, 1)
+    plan = plan_of(fast(), TuneConfig(at_once=1))
+    assert (plan.at_once, plan.cpus, plan.threads) == (1, 2, 2)
+    plan = plan_of(fast(), TuneConfig(at_once=4))
+    assert (plan.at_once, plan.cpus, plan.threads) == (4, 0.5, 1)
+    assert plan_of(fast(), TuneConfig(trials=1)).at_once == 1
+    assert plan_of(fast(), TuneConfig(), {**NODE, "memory": 1.2e9}).at_once == 1, "memory for one"
+
+
+def test_gpus_are_shared_by_fractions() -> None:
+    node = {**NODE, "CPU": 16.0, "GPU": 2.0}
+    assert (plan_of(fast(), TuneConfig(), node).at_once, plan_of(fast(), TuneConfig(), node).gpus) == (2, 1)
+    plan = plan_of(fast(), TuneConfig(at_once=6), node)
+    assert plan.gpus == 0.33
+    assert plan.resources == {"CPU": 2, "GPU": 0.33}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("workers", ["auto", "2"])
+@pytest.mark.parametrize("nodes", [(NODE,), (NODE, NODE, {**NODE, "CPU": 5.0})])
+def test_what_runs_at_a_time_fits_at_once(at_once: int, workers: str, nodes: tuple[dict[str, float], ...]) -> None:
+    """Else trials would hold what they have and wait for what others hold, for ever."""
+    tune = TuneConfig(at_once=at_once, trials=100)
+    plan = make_sweep_plan(on(fast(), workers=workers), tune, 1000, nodes, cores=2)
+    assert plan.at_once == at_once
+    processes = [plan.cpus] * plan.at_once * max(plan.workers, 1)
+    free = sorted((node["CPU"] for node in nodes), reverse=True)
+    for need in processes:
+        place = next(place for place, room in enumerate(free) if room >= need - 1e-6)
+        free[place] -= need
+    assert sum(free) >= plan.at_once * plan.resources["CPU"] * (plan.workers > 0) - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("config", "tune", "message"),
+    [
+        (on(fast(), gpu=True), TuneConfig(), "--gpu: the cluster has no GPU"),
+        (on(fast(), workers="4"), TuneConfig(), "--workers 4: a trial needs 4 CPUs, the cluster has 2"),
+        (on(fast(), workers="1:2"), TuneConfig(), "--workers 1:2"),
+        (replace(fast(), train=replace(fast().train, loader="streaming")), TuneConfig(folds=3), "--folds 3"),
+        (on(fast(), workers="2"), TuneConfig(folds=3), "--folds 3"),
+        (on(fast(), workers="2"), TuneConfig(search="pbt"), "--search pbt"),
+        (replace(fast(), augment=replace(fast().augment, augment_on="data")), TuneConfig(), "--augment-on data"),
+    ],
+)
+def test_what_can_never_run_is_refused(config: Config, tune: TuneConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(config, tune)
+
+
+def row(epoch: int, accuracy: float) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "train_loss": 1.0,
+        "train_accuracy": accuracy,
+        "val_loss": 1.0,
+        "val_accuracy": accuracy,
+        "train_seconds": 2.0 * epoch,
+    }
+
+
+def test_the_ledger_outlives_the_driver(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    first = ledger.add(Trial(number=0, values={"lr": 0.1}, epochs_planned=3))
+    second = ledger.add(Trial(number=1, values={"lr": 0.2}, epochs_planned=3))
+    ledger.add(Trial(number=2, values={"lr": 0.3}, epochs_planned=3))
+    ledger.started(first)
+    for epoch, accuracy in ((1, 0.5), (2, 0.7), (2, 0.1), (3, 0.6)):  # the third is heard twice, after a resume
+        ledger.progressed(first, row(epoch, accuracy))
+    (tmp_path / "00000/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first.history))
+    ledger.ended(first, "completed", "all epochs done")
+    ledger.progressed(first, row(4, 0.9))  # repeated for the scheduler, after its end
+    ledger.started(second)
+    ledger.ended(second, "failed", "out of memory")
+    again = Ledger(str(tmp_path))
+    assert [trial.state for trial in again.trials.values()] == ["completed", "failed", "waiting"]
+    assert again["00000"].score == 0.7
+    assert (again["00000"].epochs, again["00000"].train_seconds) == (3, 6.0)
+    assert again["00001"].score is None
+    assert again["00001"].reason == "out of memory"
+
+
+def test_the_score_with_folds_is_their_mean(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    trial = ledger.add(Trial(number=0, values={}, epochs_planned=2))
+    for fold, accuracy in enumerate((0.5, 0.7), 1):
+        ledger.progressed(trial, {"epoch": fold, "fold_accuracy": accuracy, "history": [row(1, 0.4), row(2, accuracy)]})
+    assert trial.score == pytest.approx(0.6)
+    assert trial.train_seconds == 8.0
+    again = Ledger(str(tmp_path))["00000"]
+    assert (again.folds, len(again.history)) == ([0.5, 0.7], 2)
+
+
+def test_a_damaged_trial_is_named(tmp_path: Path) -> None:
+    (tmp_path / "00003").mkdir()
+    (tmp_path / "00003/trial.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"00003/trial.json: damaged"):
+        Ledger(str(tmp_path))
+
+
+def test_what_ended_is_repeated_to_the_scheduler() -> None:
+    trial = Trial(number=1, values={"lr": 0.1}, state="stopped", history=[row(1, 0.5), row(2, 0.6)])
+    rows = [{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.6}]
+    assert setting_of(trial)["rows"] == rows
+    assert setting_of(replace(trial, state="running"))["rows"] == []
+    folded = setting_of(replace(trial, folds=[0.5, 0.7]))["rows"]
+    assert [one["val_accuracy"] for one in folded] == pytest.approx([0.5, 0.6])
+
+
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path, search: Any) -> None:
+    def propose(study: Study, trials: list[Trial], numbers: range) -> None:
+        for number in numbers:
+            trial = Trial(number=number, values=study.propose(number))
+            trial.history = [row(1, (number * 7 % 10) / 10)]
+            trial.state = "completed"
+            study.report(trial)
+            study.end(trial)
+            trials.append(trial)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole: list[Trial] = []
+        propose(Study(tmp_path / "a.log", "s", SPACE, search, 3, []), whole, range(16))
+        pieces: list[Trial] = []
+        propose(Study(tmp_path / "b.log", "s", SPACE, search, 3, []), pieces, range(13))
+        propose(Study(tmp_path / "b.log", "s", SPACE, search, 3, pieces), pieces, range(13, 16))
+    assert [trial.values for trial in pieces] == [trial.values for trial in whole]
+    assert len({json.dumps(trial.values) for trial in whole}) == 16
+    for trial in whole:
+        apply(ONE_DEPTH, SPACE, trial.values)
+
+
+def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
+    trials = [
+        Trial(number=0, values={"lr": 0.1}, state="completed", history=[row(1, 0.5), row(2, 0.7)]),
+        Trial(number=1, values={"lr": 0.2}, state="stopped", reason="asha", history=[row(1, 0.3)]),
+        Trial(number=2, values={"lr": 0.3}, state="failed", reason="out of memory"),
+        Trial(number=3, values={"lr": 0.4}, state="running", history=[row(1, 0.6)]),
+    ]
+    file = tmp_path / "study.log"
+    study = Study(file, "sweep", {"lr": Float(0.01, 1.0)}, "random", 0, trials)
+    study.report(trials[3])
+    storage = JournalStorage(JournalFileBackend(str(file)))
+    found = optuna.load_study(study_name="sweep", storage=storage).trials
+    assert [trial.state.name for trial in found] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    assert [trial.params["lr"] for trial in found] == [0.1, 0.2, 0.3, 0.4]
+    assert found[0].value == 0.7
+    assert found[0].intermediate_values == {1: 0.5, 2: 0.7}
+    assert found[2].user_attrs["ended"] == "out of memory"
+    assert found[3].intermediate_values == {1: 0.6}
+    trials[3].state, trials[3].reason = "completed", "all epochs done"
+    study.end(trials[3])
+    assert optuna.load_study(study_name="sweep", storage=storage).trials[3].value == 0.6
+
+
+def test_folds_are_stratified_and_every_image_is_val_once(prepared: Prepared) -> None:
+    table, folds = make_folds(prepared, 4, seed=0)
+    labels = table.column("label").to_numpy()
+    assert len(table) == prepared.counts["train"] + prepared.counts["val"]
+    assert np.array_equal(np.sort(np.concatenate([fold.val for fold in folds])), np.arange(len(table)))
+    for fold in folds:
+        assert not set(fold.train) & set(fold.val)
+        assert len(fold.train) + len(fold.val) == len(table)
+        assert np.ptp(np.bincount(labels[fold.val])) <= 1
+    with pytest.raises(ConfigError, match=r"--folds 200: a class has 110 images only; use --folds 110"):
+        make_folds(prepared, 200, seed=0)
+
+
+def test_rungs_are_where_asha_asks() -> None:
+    assert rungs(TuneConfig(), 9) == [1, 3]
+    assert rungs(TuneConfig(grace_epochs=2, reduction=2), 17) == [2, 4, 8, 16]
+    assert rungs(TuneConfig(scheduler="none"), 9) == []
+    scheduler: Any = make_scheduler(TuneConfig(), SPACE, 10)
+    assert sorted(milestone for milestone, _ in scheduler._brackets[0]._rungs) == [1, 3, 9]
+    assert rungs(TuneConfig(), 10) == [1, 3, 9]
+
+
+def test_most_epochs_of_a_space() -> None:
+    assert max_epochs(fast(), SPACE) == 9
+    assert max_epochs(fast(), {"epochs": Choice(5, 50, 10)}) == 50
+    assert max_epochs(fast(), {"lr": Float(0, 1)}) == fast().train.epochs
+
+
+def test_the_same_flags_give_the_same_name(prepared: Prepared, config: Config) -> None:
+    """More trials, minutes or seeds to confirm go on with the sweep; another search is another one."""
+    name = default_name(config, TuneConfig(), "fast", prepared)
+    assert name == default_name(
+        config, TuneConfig(trials=99, confirm="1,2", at_once=1, dashboard=True), "fast", prepared
+    )
+    assert name != default_name(config, TuneConfig(search="optuna"), "fast", prepared)
+    assert name != default_name(config, TuneConfig(folds=3), "fast", prepared)
+    assert name != default_name(config, TuneConfig(), "augment", prepared)
+    other = replace(config, train=replace(config.train, seed=1))
+    assert name != default_name(other, TuneConfig(), "fast", prepared)
+
+
+def test_reasons_are_one_line() -> None:
+    assert explain(MemoryError()).startswith("out of memory")
+    alloc = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried\nto allocate"
+    assert explain(RuntimeError(alloc)).startswith("out of memory")
+    assert explain(ConfigError("--lr -1: use 1")) == "--lr -1: use 1"
+    assert explain(KeyError("x")) == "KeyError: 'x'"
+
+
+def test_mean_history_is_over_the_folds_that_got_there() -> None:
+    rows = mean_history([[row(1, 0.2), row(2, 0.4)], [row(1, 0.4)]])
+    assert [one["epoch"] for one in rows] == [1, 2]
+    assert [one["val_accuracy"] for one in rows] == pytest.approx([0.3, 0.4])
+
+
+def test_the_terminal_says_how_each_trial_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = Trial(number=7, values={"lr": 0.123456, "widths": "8 16"}, epochs_planned=3, history=[row(1, 0.5)])
+    with SweepDisplay(2, 1, None) as display:
+        display.changed(trial)
+        trial.state, trial.reason = "failed", "out of memory"
+        display.changed(trial)
+        display.changed(trial)
+    shown = capsys.readouterr().err
+    assert shown.count("trial 00007") == 1
+    assert "failed: out of memory" in shown
+    assert "lr 0.1235  widths 8 16" in shown
+
+
+def test_describe_is_json() -> None:
+    described = json.loads(json.dumps(describe(SPACE)))
+    assert described["widths"] == {"kind": "choice", "choices": ["8 16", "8 16 32"]}
+    assert described["lr"] == {"kind": "float", "low": 0.01, "high": 1.0, "log": True}
+
+
+def test_config_errors_of_a_trial_do_not_end_the_sweep_at_once() -> None:
+    """What two settings make impossible together is the trial's failure, not the space's."""
+    config = Config(model=ModelConfig(depths=(2, 2, 2)), optim=OptimConfig(), train=TrainConfig())
+    check_space(SPACE, "mine", config)
+    with pytest.raises(ConfigError, match="--depths"):
+        apply(config, SPACE, {"widths": "8 16"})
