@@ -63,6 +63,14 @@ class RunDir:
                 write_file(join(self.path, f"model/{name}"), stream.read())
         return join(self.path, "model")
 
+    def copy_best_model(self) -> None:
+        """Of a run of Ray Train that was ended in its middle: by its own list, which names whole checkpoints only."""
+        listed = json.loads(self.read_text("checkpoints/checkpoint_manager_snapshot.json") or "{}")
+        found = [result for result in listed.get("checkpoint_results", []) if result["metrics"].get("score", -1) >= 0]
+        if found:
+            best = max(found, key=lambda result: result["metrics"]["score"])
+            self.copy_model(join(self.path, f"checkpoints/{best['checkpoint_dir_name']}"))
+
     def _parse(self, text: str) -> Any:
         try:
             return json.loads(text)

@@ -113,7 +113,11 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
 
 
 def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """The summary of the workers, with the best model copied to the run's folder; `callbacks` are Ray Train's."""
+    """The summary of the workers, with the best model copied to the run's folder.
+
+    `callbacks` are Ray Train's. Who gives some may end this process in the middle, as Tune does, and then has to call
+    `release_workers` with the run's path.
+    """
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
     from cifar.lean_trainer import LeanTrainer
@@ -137,6 +141,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
             callbacks=list(callbacks),
         ),
     )
+    trainer.noted_as = run_dir.path if callbacks else ""
     try:
         result = trainer.fit()
     except TrainingFailedError as error:

@@ -433,10 +433,11 @@ def test_each_mutation_is_told_and_drawn_for_the_parameters_that_changed(tmp_pat
 def test_the_best_configurations_are_there_as_commands(tmp_path):
     sweep = confirmed_sweep()
     html = write_sweep_report(tmp_path, sweep, command="python jobs/tune.py").read_text()
-    commands = re.findall(r'<pre class="command"><code>(.*?)</code>', html)
+    shown = re.findall(r'<pre class="command"><code>(.*?)</code>', html)
+    commands = [re.sub("</?span>", "", command) for command in shown]
     assert commands[:3] == [row["command"] for row in sweep["confirmed"]]
     assert commands[3:] == [trial["command"] for trial in best_of(sweep, 5)[3:]]
-    assert "<pre><code>python jobs/tune.py</code></pre>" in html
+    assert "<pre><code><span>python jobs/tune.py</span></code></pre>" in html
 
 
 def test_the_space_is_printed(tmp_path):

@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from ray.tune.schedulers import FIFOScheduler
 
 from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cifar.data import Prepared
@@ -354,11 +355,26 @@ def test_folds_are_stratified_and_every_image_is_val_once(prepared: Prepared) ->
 
 def test_rungs_are_where_asha_asks() -> None:
     assert rungs(TuneConfig(), 9) == [1, 3]
-    assert rungs(TuneConfig(grace_epochs=2, reduction=2), 17) == [2, 4, 8, 16]
+    assert rungs(TuneConfig(), 27) == [3, 9]
+    assert rungs(TuneConfig(), 3) == [1]
+    assert rungs(TuneConfig(), 1) == []
     assert rungs(TuneConfig(scheduler="none"), 9) == []
-    scheduler: Any = make_scheduler(TuneConfig(), SPACE, 10)
-    assert sorted(milestone for milestone, _ in scheduler._brackets[0]._rungs) == [1, 3, 9]
-    assert rungs(TuneConfig(), 10) == [1, 3, 9]
+    assert rungs(TuneConfig(grace_epochs=2, reduction=2), 17) == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("max_epochs", [2, 3, 9, 10, 27, 28, 81, 82, 125, 300])
+@pytest.mark.parametrize("reduction", [2, 3, 4, 5])
+@pytest.mark.parametrize("grace", [0, 1, 2])
+def test_asha_asks_at_the_rungs_that_we_show(max_epochs: int, reduction: int, grace: int) -> None:
+    """Tune counts them by logarithms, which may be a hair too small."""
+    tune = TuneConfig(grace_epochs=grace, reduction=reduction)
+    if grace >= max_epochs:
+        assert isinstance(make_scheduler(tune, SPACE, max_epochs), FIFOScheduler)
+        return
+    scheduler: Any = make_scheduler(tune, SPACE, max_epochs)
+    asked = sorted(milestone for milestone, _ in scheduler._brackets[0]._rungs)
+    assert asked == rungs(tune, max_epochs)
+    assert asked[-1] < max_epochs
 
 
 def test_most_epochs_of_a_space() -> None:

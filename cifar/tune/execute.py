@@ -6,6 +6,7 @@ thrown away.
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,16 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from cifar.data.prepared import join
+from cifar.lean_trainer import release_workers
+from cifar.run_dir import RunDir
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.settings import TuneConfig
 from cifar.tune.space import MUTABLE, Choice, Int, Space
 from cifar.tune.trial import SweepJob, run_trial
 
 METRIC = "val_accuracy"
+RELEASE_SECONDS = 2.0
+"""Within which the process of an ended trial is gone, and the controller of its workers with it."""
 MAX_DEATHS = 3
 """Of a trial's process, after each of which the trial goes on from its checkpoint."""
 ROW = (
@@ -70,6 +75,7 @@ def execute(
         job = SweepJob(**{**vars(job), "changing": tuple(trial.key for trial in left)})
         space = tune.grid_search([setting_of(trial) for trial in left])
         searching = {}
+    recorder = Recorder(ledger, explain_stop, release=bool(job.plan.workers))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), job.plan.resources)
     with scratch(job) as storage, environment():
         tuner = tune.Tuner(
@@ -90,12 +96,13 @@ def execute(
                 storage_path=storage,
                 name="tune",
                 verbose=0,
-                callbacks=[Recorder(ledger, explain_stop)],
+                callbacks=[recorder],
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if space else None),
             ),
         )
         tuner.fit()
+        recorder.finish()
     for trial in ledger.trials.values():
         if trial.state == "running":  # Tune ends what runs without a word when time is up
             ledger.ended(trial, "stopped", BUDGET)
@@ -164,11 +171,13 @@ class Proposals(Searcher):
 class Recorder(tune.Callback):
     """Writes into the ledger what Tune hears."""
 
-    def __init__(self, ledger: Ledger, explain_stop: Callable[[Trial], str]):
-        self._ledger, self._explain_stop = ledger, explain_stop
+    def __init__(self, ledger: Ledger, explain_stop: Callable[[Trial], str], release: bool):
+        """`release`: trials have workers of their own, which outlive them."""
+        self._ledger, self._explain_stop, self._release = ledger, explain_stop, release
         self._keys: dict[str, str] = {}
         """Of the ledger, by Tune's; under population based training Tune changes a trial's setting."""
         self._outcomes: dict[str, tuple[str, str]] = {}
+        self._to_release: list[tuple[float, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -197,8 +206,26 @@ class Recorder(tune.Callback):
         elif METRIC in result:
             self._ledger.progressed(known, {name: result[name] for name in ROW if name in result})
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        while self._to_release and self._to_release[0][0] <= time.monotonic():
+            self._clear()
+
+    def finish(self) -> None:
+        while self._to_release:
+            time.sleep(max(self._to_release[0][0] - time.monotonic(), 0.0))
+            self._clear()
+
+    def _clear(self) -> None:
+        """What an ended trial of several workers left to do."""
+        _, path = self._to_release.pop(0)
+        release_workers(path)
+        RunDir(path).copy_best_model()
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self._of(trial)
+        if self._release:
+            # Not now: its controller lives, and would start its workers again.
+            self._to_release.append((time.monotonic() + RELEASE_SECONDS, self._ledger.path_of(known)))
         if known.done:
             return
         state, reason = self._outcomes.pop(known.key, (None, ""))
@@ -213,6 +240,8 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self._of(trial)
+        if self._release:
+            self._to_release.append((time.monotonic() + RELEASE_SECONDS, self._ledger.path_of(known)))
         if not known.done:
             error = trial.get_error()
             text = " ".join(str(error).split())[:300] if error else "its process died"
@@ -224,21 +253,24 @@ def make_scheduler(tune_config: TuneConfig, space: Space, max_epochs: int) -> Tr
     if tune_config.search == "pbt":
         return PopulationBasedTraining(
             time_attr="epoch",
-            perturbation_interval=tune_config.grace_epochs,
+            perturbation_interval=tune_config.first_rung(max_epochs),
             hyperparam_mutations={"trial": {"values": {name: mutation_of(domain) for name, domain in space.items()}}},
             custom_explore_fn=lambda setting: {"trial": clipped(setting["trial"], space)},
             require_attrs=False,
             log_config=False,
         )
-    if tune_config.scheduler == "asha":
+    if milestones := rungs(tune_config, max_epochs):
         return AsyncHyperBandScheduler(
             time_attr="epoch",
-            grace_period=min(tune_config.grace_epochs, max_epochs),
-            max_t=max_epochs,
+            grace_period=milestones[0],
+            # The last rung: a trial is not ended after its last epoch. A half more, since Tune counts rungs by
+            # logarithms, which for 243 epochs are a hair too small.
+            max_t=milestones[-1] + 0.5,  # pyright: ignore[reportArgumentType]
             reduction_factor=tune_config.reduction,
+            stop_last_trials=False,
         )
     if tune_config.scheduler == "median":
-        return MedianStoppingRule(time_attr="epoch", grace_period=tune_config.grace_epochs)
+        return MedianStoppingRule(time_attr="epoch", grace_period=tune_config.first_rung(max_epochs))
     return FIFOScheduler()
 
 
@@ -268,7 +300,7 @@ def rungs(tune_config: TuneConfig, max_epochs: int) -> list[int]:
     """Epochs after which asha compares trials, the last epoch left out."""
     if tune_config.scheduler != "asha" or tune_config.search == "pbt":
         return []
-    found, epoch = [], min(tune_config.grace_epochs, max_epochs)
+    found, epoch = [], tune_config.first_rung(max_epochs)
     while epoch < max_epochs:
         found.append(epoch)
         epoch *= tune_config.reduction

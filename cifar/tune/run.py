@@ -309,13 +309,13 @@ class Searching:
         if self.tune.search == "pbt" or self.tune.scheduler == "none":
             return BUDGET
         if self.tune.scheduler == "median":
-            return f"median: after {unit} {done} below the median of the others' means"
+            return f"median, after {unit} {done}: below the median of the others' means"
         rung = max((rung for rung in self.rungs if rung <= done), default=done)
         others = [value for other in self.trials.trials.values() if (value := self._at(other, rung)) is not None]
         cutoff = float(np.percentile(others, 100 * (1 - 1 / self.tune.reduction)))
         mine = self._at(trial, rung)
-        told = "" if mine is None else f", {mine:.4f} against about {cutoff:.4f}"
-        return f"asha: after {unit} {rung} not among the best 1/{self.tune.reduction}{told}"
+        told = "" if mine is None else f": {mine:.4f}, the cut is about {cutoff:.4f}"
+        return f"asha, after {unit} {rung}{told}"
 
     def _at(self, trial: Trial, rung: int) -> float | None:
         if trial.folds:

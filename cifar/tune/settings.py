@@ -23,8 +23,9 @@ class TuneConfig:
     scheduler: Scheduler = "asha"
     """What ends trials early: asha, those not among the best at an epoch where trials are compared; median, those below
     the median; none. Under pbt nothing does."""
-    grace_epochs: int = 1
-    """Epochs before a trial is compared first; with pbt, between two exchanges. With folds, folds."""
+    grace_epochs: int = 0
+    """Epochs before a trial is compared first; with pbt, between two exchanges. With folds, folds. 0: of asha the most
+    epochs over the square of --reduction, so that it compares after a ninth and a third of them; else 1."""
     reduction: int = 3
     """Of asha: one of so many trials goes on, for so many times the epochs."""
     folds: int = 0
@@ -48,7 +49,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         checks = {
             "trials": (1 <= self.trials <= 100_000, "use 1 to 100000"),
-            "grace-epochs": (self.grace_epochs >= 1, "use 1 or more"),
+            "grace-epochs": (self.grace_epochs >= 0, "use 1 or more, or 0 for what suits the epochs"),
             "reduction": (self.reduction >= 2, "use 2 or more"),
             "folds": (self.folds == 0 or 2 <= self.folds <= 100, "use 2 to 100, or 0 for the val split"),
             "at-once": (self.at_once >= 0, "use 1 or more, or 0 for as many as fit"),
@@ -71,6 +72,12 @@ class TuneConfig:
             return (1, 1) if self.folds else (0, 0)
         configs, seeds = self.confirm.split(",")
         return int(configs), int(seeds)
+
+    def first_rung(self, max_epochs: int) -> int:
+        """`grace_epochs`, where trials have at most so many epochs."""
+        if self.grace_epochs:
+            return self.grace_epochs
+        return max(max_epochs // self.reduction**2, 1) if self.scheduler == "asha" and self.search != "pbt" else 1
 
     @property
     def stops_early(self) -> bool:
