@@ -88,6 +88,9 @@ class Ledger:
         """`changed` is called with each trial that changed."""
         self.path = absolute(path)
         self.trials = {trial.key: trial for trial in read_trials(self.path)}
+        for trial in self.trials.values():
+            if trial.state == "running":  # by a driver that was killed
+                trial.state = "waiting"
         self.changed = changed
 
     def __getitem__(self, key: str) -> Trial:

@@ -171,8 +171,9 @@ class Searching:
         """Run the trials that are left."""
         known = sorted(self.trials.trials.values(), key=lambda trial: trial.number)
         for trial in known:
-            if trial.state == "stopped" and trial.reason == BUDGET:
-                trial.state = "running"  # there is time again, or it will end for the same reason
+            # There is time again, or it will end for the same reason.
+            if trial.reason == BUDGET:
+                trial.state = "waiting"
         left = [trial for trial in known if not trial.done]
         if not left and len(known) >= self.tune.trials:
             logger.info("all %d trials were done before", len(known))
