@@ -18,6 +18,9 @@ from cifar.data.prepared import Prepared, filesystem, join, read_file, write_fil
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
+SWEEP_CONFIG = "sweep-config.json"
+"""What a sweep's folder holds in place of config.json."""
+
 
 class RunDir:
     def __init__(self, path: str, hparams: dict[str, Any] | None = None):
@@ -30,6 +33,8 @@ class RunDir:
         # Where a run is kept and on how many workers it goes on may change; what it computes may not.
         del wanted["config"]["run"]
         found = self.read_text("config.json")
+        if found is None and self.read_text(SWEEP_CONFIG) is not None:
+            raise ConfigError(f"{self.path}: holds a sweep, not a run; give another --name")
         if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return

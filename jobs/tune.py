@@ -23,6 +23,8 @@ class Flags:
     config: Config = field(default_factory=Config)
     base: Annotated[str, tyro.conf.Suppress] = ""
     """Name of the recipe."""
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+    """Names of the flags on the command line."""
 
 
 def search(flags: Flags) -> dict[str, Any]:
@@ -31,12 +33,12 @@ def search(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.tune.run import keep, sweep
 
-    done = sweep(flags.config, flags.tune, flags.base, RECIPES[flags.base]())
+    done = sweep(flags.config, flags.tune, flags.base, RECIPES[flags.base](), flags.given)
     summary = done.summary
     if summary["test"] is None:
         summary = keep(done.path, test=evaluate_winner(done))
-    if summary["published"] is None and flags.tune.publish != "none":
-        summary = keep(done.path, published=publish_winner(done, flags.tune))
+    if flags.tune.publish != "none":
+        summary = publish_winner(done, summary, flags.tune)
     from cifar.data.prepared import join
     from cifar.report import write_sweep_report
     from cifar.run_dir import writable
@@ -49,7 +51,7 @@ def search(flags: Flags) -> dict[str, Any]:
     print(f"accuracy {test['accuracy']:.4f} ({low:.4f} to {high:.4f}) of {test['count']:,} test images")
     print(f"run: {done.winner}")
     if summary["published"]:
-        print(f"published: {summary['published']} in {flags.tune.store}")
+        print(f"published: {summary['published']} in {summary['published_to']}")
     print(f"sweep: {join(done.path, 'sweep.html')}")
     shown = ("winner", "test", "published", "luck", "confirmed", "wall_seconds", "train_seconds", "at_once")
     states = Counter(trial["state"] for trial in summary["trials"])
@@ -71,23 +73,34 @@ def evaluate_winner(done: "Sweep") -> dict[str, Any]:
         write_report(folder, evaluation, history=history, command=done.summary["winner"]["command"])
     values = to_dict(evaluation)
     test = {name: values[name] for name in ("accuracy", "accuracy_ci95", "count")}
-    return test | {"report": join(done.winner, "report.html").removeprefix(f"{done.path}/")}
+    folder, report = (path.partition("?")[0] for path in (done.path, join(done.winner, "report.html")))
+    return test | {"report": report.removeprefix(f"{folder}/")}
 
 
-def publish_winner(done: "Sweep", flags: TuneConfig) -> str:
-    """The new version; with --promote it is the champion."""
+def publish_winner(done: "Sweep", summary: dict[str, Any], flags: TuneConfig) -> dict[str, Any]:
+    """The summary with the version, which --promote makes the champion; each is done once for a name and a store."""
+    from cifar.data.prepared import absolute
     from cifar.store import Store, name_of
+    from cifar.tune.run import keep
 
-    store = Store(flags.store)
+    where = absolute(flags.store)
+    store = Store(where)
     name = name_of(done.prepared.source) if flags.publish == "auto" else flags.publish
-    version = store.publish(done.winner, name)
-    if flags.promote:
-        store.promote(version)
-    return str(version)
+    if (summary["published_to"], (summary["published"] or "").partition("/")[0]) != (where, name):
+        version = store.publish(done.winner, name)
+        summary = keep(done.path, published=str(version), published_to=where, promoted=None)
+    if flags.promote and not summary["promoted"]:
+        store.promote(store.resolve(summary["published"]))
+        summary = keep(done.path, promoted=True)
+    return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    recipes = {name: Flags(config=recipe(), base=name) for name, recipe in RECIPES.items()}
+    words = sys.argv[1:] if argv is None else argv
+    # Not told by a value that differs from the recipe's: who writes --lr 0.2 wants 0.2, even where that is the default.
+    given = {word.partition("=")[0].strip("-").replace("-", "_") for word in words if word.startswith("--")}
+    given |= {name.removeprefix("no_") for name in given}
+    recipes = {name: Flags(config=recipe(), base=name, given=frozenset(given)) for name, recipe in RECIPES.items()}
     return run_job(search, recipes, argv)
 
 

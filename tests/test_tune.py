@@ -1,6 +1,8 @@
 """Spaces, plans, the ledger and the study of a sweep, without Ray."""
 
 import json
+import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +18,14 @@ from ray.tune.schedulers import FIFOScheduler
 from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cifar.data import Prepared
 from cifar.recipes import RECIPES, fast, notebook
+from cifar.run_dir import RunDir
 from cifar.tune import Choice, Float, Int
 from cifar.tune.execute import clipped, make_scheduler, rungs, setting_of, unchangeable
 from cifar.tune.folds import make_folds
-from cifar.tune.ledger import Ledger, Trial
+from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
 from cifar.tune.progress import SweepDisplay
-from cifar.tune.run import default_name, max_epochs
+from cifar.tune.run import Searching, claim, default_name, keep, max_epochs
 from cifar.tune.settings import TuneConfig
 from cifar.tune.space import (
     MUTABLE,
@@ -91,6 +94,11 @@ def test_a_users_space_is_a_file(tmp_path: Path) -> None:
         ("from cifar.tune import *; SPACE = {'lr': Float(0, float('nan'))}", "lr:.*numbers"),
         ("from cifar.tune import *; SPACE = {'lr': Choice()}", "lr: a Choice without options"),
         ("from cifar.tune import *; SPACE = {'lr': Choice(0.1, 0.1)}", "lr:.*twice"),
+        (
+            "from cifar.tune import *; SPACE = {'widths': Choice([8, 16], [16, 32])}",
+            r"widths: \[8, 16\] is no option.*tuple",
+        ),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("from cifar.tune import *; SPACE = {'epochs': Float(1, 5)}", "epochs:.*another type"),
         ("from cifar.tune import *; SPACE = {'epochs': Choice(1, '5')}", "epochs:.*another type"),
         ("from cifar.tune import *; SPACE = {'dropout': Float(0, 1.5)}", "dropout: --dropout 1.5"),
@@ -110,10 +118,22 @@ def test_an_unknown_space_names_those_that_there_are() -> None:
 
 
 def test_a_flag_fixes_what_it_names() -> None:
-    config = replace(fast(), optim=replace(fast().optim, lr=0.3))
-    space, fixed = without_fixed(SPACE, config, fast())
+    space, fixed = without_fixed(SPACE, {"lr", "data"})
     assert fixed == ["lr"]
     assert set(space) == {"epochs", "widths", "flip"}
+
+
+@pytest.mark.parametrize("flags", [["--lr", "{lr}"], ["--lr={lr}"], ["--label_smoothing", "0.1", "--lr", "{lr}"]])
+def test_a_flag_of_the_recipes_own_value_is_not_searched(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def remember(*values: Any) -> None:
+        seen.append(values[-1])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("cifar.tune.run.sweep", remember)
+    assert main([flag.format(lr=fast().optim.lr) for flag in flags]) == 2
+    assert "lr" not in without_fixed(SPACE, seen[0])[0]
 
 
 def test_the_command_of_a_trial_makes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +176,9 @@ def test_changed_values_stay_in_their_range() -> None:
         (["--reduction", "1"], "--reduction 1: use 2 or more"),
         (["--confirm", "3"], "--confirm 3: use K,S"),
         (["--publish", "a/b"], "--publish a/b: use letters"),
+        (["--publish", ".."], "--publish ..: use letters"),
+        (["--publish", "aliases"], "--publish aliases: use letters"),
+        (["--promote", "--publish", "none"], "--promote: the champion is a published version"),
         (["--search", "pbt", "--folds", "3"], "drop --folds"),
         (["--search", "pbt", "--trials", "3"], "--trials 3"),
         (["--search", "pbt", "--data", "digits", "--space", "fast"], "widths cannot change while a network trains"),
@@ -277,11 +300,115 @@ def test_the_score_with_folds_is_their_mean(tmp_path: Path) -> None:
     assert (again.folds, len(again.history)) == ([0.5, 0.7], 2)
 
 
-def test_a_damaged_trial_is_named(tmp_path: Path) -> None:
-    (tmp_path / "00003").mkdir()
-    (tmp_path / "00003/trial.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"00003/trial.json: damaged"):
+@pytest.mark.parametrize("file", ["trial.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"number": 3}x'])
+def test_a_damaged_trial_is_named(tmp_path: Path, file: str, text: str) -> None:
+    Ledger(str(tmp_path)).add(Trial(number=3, values={}))
+    (tmp_path / "00003" / file).write_text(text)
+    with pytest.raises(ConfigError, match=rf"00003/{file}: damaged.*; delete this trial's folder"):
         Ledger(str(tmp_path))
+
+
+def test_what_ran_when_the_driver_was_killed_waits(tmp_path: Path) -> None:
+    """Else a search that ends without it, or one with other trials to confirm, would take it for stopped."""
+    ledger = Ledger(str(tmp_path))
+    ledger.started(ledger.add(Trial(number=0, values={"lr": 0.1})))
+    again = Ledger(str(tmp_path))
+    assert (again["00000"].state, again["00000"].attempts) == ("waiting", 1)
+    again.started(again["00000"])
+    assert Ledger(str(tmp_path))["00000"].attempts == 2, "told as resumed"
+
+
+def test_a_trial_of_other_values_makes_room(tmp_path: Path) -> None:
+    """A population's trial that went on has come to other values than those that were confirmed."""
+    ledger = Ledger(str(tmp_path))
+    old = ledger.add(Trial(number=0, values={"lr": 0.1}, seed=101))
+    ledger.ended(old, "completed", "all epochs done")
+    (tmp_path / "00000-seed101/config.json").write_text("{}")
+    assert ledger.add(Trial(number=0, values={"lr": 0.1}, seed=101)) is old
+    new = ledger.add(Trial(number=0, values={"lr": 0.2}, seed=101))
+    assert not new.done
+    assert [path.name for path in (tmp_path / "00000-seed101").iterdir()] == ["trial.json"]
+
+
+def searching(config: Config, prepared: Prepared, path: Path, tune: TuneConfig | None = None) -> Searching:
+    plan = make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2)
+    tune = tune or TuneConfig(confirm="0")
+    return Searching(config, tune, "fast", fast(), "mine", SPACE, prepared, plan, str(path), 0.0)
+
+
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_a_deleted_trial_is_proposed_anew(tmp_path: Path, config: Config, prepared: Prepared, search: Any) -> None:
+    """As the error about a damaged one asks for; the others keep their numbers."""
+
+    def trials_of(path: Path, wanted: int) -> list[Trial]:
+        one = searching(config, prepared, path)
+        by_number = {trial.number: trial for trial in one.trials.trials.values()}
+        study = Study(path / "study.log", "s", SPACE, search, 3)
+        known = one._known(study, by_number)
+        following = one._next(known, study, wanted)
+        while trial := following():
+            trial.history = [row(1, (trial.number * 7 % 10) / 10)]
+            one.trials.ended(trial, "completed", "all epochs done")
+            study.end(trial)
+        return sorted(one.trials.trials.values(), key=lambda trial: trial.number)
+
+    before = trials_of(tmp_path, 4)
+    shutil.rmtree(tmp_path / "trials/00001")
+    again = trials_of(tmp_path, 5)
+    assert [trial.number for trial in again] == list(range(5))
+    assert [trial.values for trial in again[:4]] == [trial.values for trial in before]
+
+
+def test_the_winner_is_tried_again_when_it_trained_on(tmp_path: Path, config: Config, prepared: Prepared) -> None:
+    """Not when nothing changed: then test is not read again, and nothing is published."""
+    one = searching(config, prepared, tmp_path)
+    trial = one.trials.add(Trial(number=0, values={"lr": 0.1, "epochs": 3, "widths": "8 16", "flip": "random"}))
+    one.trials.progressed(trial, row(1, 0.5))
+    (tmp_path / "trials/00000/metrics.jsonl").write_text(json.dumps(row(1, 0.5)) + "\n")
+    one.trials.ended(trial, "stopped", BUDGET)
+    one.finish()
+    keep(str(tmp_path), test={"accuracy": 0.4}, published="x/1", published_to="/models")
+    assert searching(config, prepared, tmp_path).finish()["test"] == {"accuracy": 0.4}
+    more = [row(1, 0.5), row(2, 0.7)]
+    (tmp_path / "trials/00000/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    summary = searching(config, prepared, tmp_path).finish()
+    assert (summary["test"], summary["published"]) == (None, None)
+
+
+def test_a_search_with_trials_to_go_on_with_is_not_finished(tmp_path: Path, config: Config, prepared: Prepared) -> None:
+    one = searching(config, prepared, tmp_path, TuneConfig(trials=1))
+    one.trials.started(one.trials.add(Trial(number=0, values={"lr": 0.1})))
+    assert searching(config, prepared, tmp_path, TuneConfig(trials=1)).finish()["state"] == "budget spent"
+
+
+def test_a_folder_is_of_one_sweep(tmp_path: Path, config: Config, prepared: Prepared) -> None:
+    path = str(tmp_path / "one")
+    claim(path, config, TuneConfig(), SPACE, prepared)
+    claim(path, config, TuneConfig(trials=99), SPACE, prepared)
+    with pytest.raises(ConfigError, match="one: holds a sweep with another folds, space; give the same flags"):
+        claim(path, config, TuneConfig(folds=3), {"lr": SPACE["lr"]}, prepared)
+    with pytest.raises(ConfigError, match="one: holds a sweep, not a run; give another --name"):
+        RunDir(path).open(config, prepared)
+    assert not (tmp_path / "one/config.json").exists()
+    RunDir(str(tmp_path / "two")).open(config, prepared)
+    with pytest.raises(ConfigError, match="two: holds a run, not a sweep; give another --name"):
+        claim(str(tmp_path / "two"), config, TuneConfig(), SPACE, prepared)
+    (tmp_path / "one/sweep-config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"sweep-config.json: damaged.*delete it"):
+        claim(path, config, TuneConfig(), SPACE, prepared)
+    (tmp_path / "one/sweep.json").write_text('{"test"')
+    with pytest.raises(ConfigError, match=r"sweep.json: damaged.*delete it"):
+        searching(config, prepared, tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"--storage .*: cannot be written"):
+        claim(str(tmp_path / "one/sweep.json/x"), config, TuneConfig(), SPACE, prepared)
+
+
+def test_a_sweep_is_called_by_its_folder_alone(config: Config, prepared: Prepared, tmp_path: Path) -> None:
+    plan = make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2)
+    uri = f"file://{tmp_path}/sweep?endpoint_override=http%3A%2F%2F127.0.0.1"
+    one = Searching(config, TuneConfig(), "fast", fast(), "mine", SPACE, prepared, plan, uri, 0.0)
+    assert one.name == "sweep"
 
 
 def test_what_ended_is_repeated_to_the_scheduler() -> None:
@@ -307,10 +434,17 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole: list[Trial] = []
-        propose(Study(tmp_path / "a.log", "s", SPACE, search, 3, []), whole, range(16))
+        propose(Study(tmp_path / "a.log", "s", SPACE, search, 3), whole, range(16))
         pieces: list[Trial] = []
-        propose(Study(tmp_path / "b.log", "s", SPACE, search, 3, []), pieces, range(13))
-        propose(Study(tmp_path / "b.log", "s", SPACE, search, 3, pieces), pieces, range(13, 16))
+        propose(Study(tmp_path / "b.log", "s", SPACE, search, 3), pieces, range(13))
+        # A driver that was killed while it wrote leaves Optuna's lock, for which Optuna would wait half a minute.
+        (tmp_path / "b.log.lock").symlink_to(tmp_path / "b.log")
+        begun = time.monotonic()
+        resumed = Study(tmp_path / "b.log", "s", SPACE, search, 3)
+        for trial in pieces:
+            resumed.add(trial)
+        assert time.monotonic() - begun < 10
+        propose(resumed, pieces, range(13, 16))
     assert [trial.values for trial in pieces] == [trial.values for trial in whole]
     assert len({json.dumps(trial.values) for trial in whole}) == 16
     for trial in whole:
@@ -325,7 +459,9 @@ def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
         Trial(number=3, values={"lr": 0.4}, state="running", history=[row(1, 0.6)]),
     ]
     file = tmp_path / "study.log"
-    study = Study(file, "sweep", {"lr": Float(0.01, 1.0)}, "random", 0, trials)
+    study = Study(file, "sweep", {"lr": Float(0.01, 1.0)}, "random", 0)
+    for trial in trials:
+        study.add(trial)
     study.report(trials[3])
     storage = JournalStorage(JournalFileBackend(str(file)))
     found = optuna.load_study(study_name="sweep", storage=storage).trials
@@ -385,15 +521,16 @@ def test_most_epochs_of_a_space() -> None:
 
 def test_the_same_flags_give_the_same_name(prepared: Prepared, config: Config) -> None:
     """More trials, minutes or seeds to confirm go on with the sweep; another search is another one."""
-    name = default_name(config, TuneConfig(), "fast", prepared)
+    name = default_name(config, TuneConfig(), "fast", SPACE, prepared)
     assert name == default_name(
-        config, TuneConfig(trials=99, confirm="1,2", at_once=1, dashboard=True), "fast", prepared
+        config, TuneConfig(trials=99, confirm="1,2", at_once=1, dashboard=True), "fast", SPACE, prepared
     )
-    assert name != default_name(config, TuneConfig(search="optuna"), "fast", prepared)
-    assert name != default_name(config, TuneConfig(folds=3), "fast", prepared)
-    assert name != default_name(config, TuneConfig(), "augment", prepared)
+    assert name != default_name(config, TuneConfig(search="optuna"), "fast", SPACE, prepared)
+    assert name != default_name(config, TuneConfig(folds=3), "fast", SPACE, prepared)
+    assert name != default_name(config, TuneConfig(), "augment", SPACE, prepared)
+    assert name != default_name(config, TuneConfig(), "fast", {"lr": SPACE["lr"]}, prepared), "flags fix the others"
     other = replace(config, train=replace(config.train, seed=1))
-    assert name != default_name(other, TuneConfig(), "fast", prepared)
+    assert name != default_name(other, TuneConfig(), "fast", SPACE, prepared)
 
 
 def test_reasons_are_one_line() -> None:

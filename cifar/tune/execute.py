@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray import tune
@@ -21,7 +21,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from cifar.data.prepared import join
+from cifar.data.prepared import filesystem, join, parent
 from cifar.lean_trainer import release_workers
 from cifar.run_dir import RunDir
 from cifar.tune.ledger import BUDGET, Ledger, Trial
@@ -112,10 +112,19 @@ def execute(
 def scratch(job: SweepJob) -> Iterator[str]:
     """Where Tune keeps its records; the checkpoints that trials copy from each other must be seen by all nodes."""
     if job.changing:
-        yield join(job.path, "../tune") if "://" in job.path else os.path.normpath(join(job.path, "../tune"))
+        storage = join(parent(job.path), "tune")
+        remove(storage)  # of a driver that was killed
+        yield storage
+        remove(storage)
         return
     with tempfile.TemporaryDirectory(prefix="cifar-tune-", ignore_cleanup_errors=True) as folder:
         yield folder
+
+
+def remove(path: str) -> None:
+    files, root = filesystem(path)
+    with suppress(FileNotFoundError):
+        files.delete_dir(root)
 
 
 @contextmanager

@@ -100,11 +100,16 @@ class Ledger:
         return join(self.path, trial.key)
 
     def add(self, trial: Trial) -> Trial:
-        """A new one, or the one that is there under its key."""
-        if trial.key not in self.trials:
-            self.trials[trial.key] = trial
-            self._save(trial)
-        return self.trials[trial.key]
+        """A new one, or the one that is there under its key; one of other values makes room for it."""
+        known = self.trials.get(trial.key)
+        if known is not None and known.values == trial.values:
+            return known
+        if known is not None:
+            files, root = filesystem(self.path_of(known))
+            files.delete_dir(root)
+        self.trials[trial.key] = trial
+        self._save(trial)
+        return trial
 
     def started(self, trial: Trial) -> None:
         trial.state, trial.reason = "running", ""
@@ -150,15 +155,23 @@ def read_trials(path: str) -> list[Trial]:
     trials = []
     for name in sorted(info.base_name for info in found if info.type == fs.FileType.Directory):
         folder = join(path, name)
-        data = read_file(join(folder, FILE))
+        file = join(folder, FILE)
+        data = read_file(file)
         if data is None:
             continue
         try:
             values = json.loads(data)
             history = values.pop("history", None)
+            trial = Trial(**values)
             if history is None:
-                history = [json.loads(line) for line in (read_file(join(folder, "metrics.jsonl")) or b"").splitlines()]
-            trials.append(Trial(**values, history=history))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{join(folder, FILE)}: damaged ({error}); delete this trial's folder") from error
+                file = join(folder, "metrics.jsonl")
+                history = [{**json.loads(line)} for line in (read_file(file) or b"").splitlines()]
+            trial.history = history
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file}: damaged ({error}); delete this trial's folder, and it is trained anew"
+            ) from error
+        if trial.state == "running":
+            trial.state = "waiting"  # it was, when the driver was killed
+        trials.append(trial)
     return trials

@@ -8,7 +8,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from cifar.data import Prepared
 from cifar.data.prepared import absolute, join, read_file, write_file
 from cifar.machine import usable_cpus
 from cifar.ray_job import Blocks
-from cifar.run_dir import locked
+from cifar.run_dir import SWEEP_CONFIG, locked
 from cifar.statistics import statistics
 from cifar.train import prepare_while_ray_starts
 from cifar.tune.execute import execute, make_scheduler, rungs, unchangeable
@@ -37,6 +37,7 @@ from cifar.tune.study import Study, dashboard
 from cifar.tune.trial import SweepJob
 
 FORMAT = 1
+SUMMARY = "sweep.json"
 FIRST_SEED = 101
 """Of those that confirm, added to the sweep's own."""
 WRITE_SECONDS = 5.0
@@ -57,11 +58,11 @@ class Sweep:
     """What is in sweep.json, which cifar.report draws."""
 
 
-def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config) -> Sweep:
-    """Search around `config`, which is `recipe` but for what flags fixed. ConfigError for what the user can mend,
-    RunFailed when all trials failed."""
+def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, given: Collection[str]) -> Sweep:
+    """Search around `config`, which is `recipe` but for what flags fixed: the settings `given`, by name. ConfigError
+    for what the user can mend, RunFailed when all trials failed."""
     source = space_for(config.model.model) if tune.space == "auto" else tune.space
-    space, fixed = without_fixed(load_space(source, SPACES), config, recipe)
+    space, fixed = without_fixed(load_space(source, SPACES), given)
     check_space(space, source, config)
     if not space:
         raise ConfigError(f"--space {source}: every setting in it is fixed by a flag; leave one to search")
@@ -82,11 +83,11 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config) ->
     data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
     plan = make_sweep_plan(config, tune, data_bytes, nodes, usable_cpus())
     logger.info("%s", plan)
-    path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, prepared))
-    searching = Searching(config, tune, recipe_name, recipe, source, space, prepared, plan, path, minutes)
-    searching.claim()
+    path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, space, prepared))
+    claim(path, config, tune, space, prepared)
     logger.info("sweep: %s", path)
     with locked_sweep(path):
+        searching = Searching(config, tune, recipe_name, recipe, source, space, prepared, plan, path, minutes)
         searching.search()
         searching.confirm()
         summary = searching.finish()
@@ -99,12 +100,51 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config) ->
 @contextmanager
 def locked_sweep(path: str) -> Iterator[None]:
     with locked(path, "another process works on this sweep; wait, or give another --name"):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            logger.info("%s: keeps what was trained; the same command goes on", path)
+            raise
 
 
-def default_name(config: Config, tune: TuneConfig, source: str, prepared: Prepared) -> str:
+def claim(path: str, config: Config, tune: TuneConfig, space: Space, prepared: Prepared) -> None:
+    """The folder is this sweep's; ConfigError if it is another one's, or a run's."""
+    wanted = identify(config, tune) | {"space": describe(space), "fingerprint": prepared.fingerprint}
+    file = join(path, SWEEP_CONFIG)
+    found = read_json(file, "delete it if the flags are those of before, or give another --name")
+    if found is None:
+        if read_file(join(path, "config.json")) is not None:
+            raise ConfigError(f"{path}: holds a run, not a sweep; give another --name")
+        try:
+            write_file(file, (json.dumps(wanted, indent=1) + "\n").encode())
+        except OSError as error:
+            raise ConfigError(f"--storage {config.run.storage}: cannot be written ({error})") from error
+        return
+    differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
+    if differing:
+        raise ConfigError(
+            f"{path}: holds a sweep with another {', '.join(differing)}; "
+            "give the same flags to resume it, or another --name"
+        )
+
+
+def read_json(file: str, remedy: str) -> dict[str, Any] | None:
+    """The object in a file; None if there is no file. ConfigError with the remedy if it is damaged."""
+    data = read_file(file)
+    if data is None:
+        return None
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{file}: damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: damaged (no object); {remedy}")
+    return found
+
+
+def default_name(config: Config, tune: TuneConfig, source: str, space: Space, prepared: Prepared) -> str:
     """The same flags give the same name, so that the same command resumes; more trials or minutes go on with it."""
-    identity = [identify(config, tune), source, prepared.fingerprint]
+    identity = [identify(config, tune), source, sorted(space), prepared.fingerprint]
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
     data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
     return f"{data}-sweep-{digest}"
@@ -140,43 +180,24 @@ class Searching:
         self.max_epochs = tune.folds or max_epochs(config, space)
         self.trials = Ledger(join(path, "trials"))
         self.confirmed = Ledger(join(path, "confirm"))
-        before = json.loads(read_file(join(path, "sweep.json")) or b"{}")
+        self.name = path.partition("?")[0].rsplit("/", 1)[-1]
+        remedy = "delete it: the trials are kept, test is read again and the winner published again"
+        before = read_json(join(path, SUMMARY), remedy) or {}
         self._seconds_before = before.get("wall_seconds", 0.0)
-        self._kept = {name: before.get(name) for name in ("test", "published")}
-        self._winner_before = (before.get("winner") or {}).get("path")
+        self._kept = {name: before.get(name) for name in ("test", "published", "published_to", "promoted")}
+        self._winner_before = before.get("winner")
         self._started = time.time()
         self._written_at = 0.0
 
-    def claim(self) -> None:
-        """The folder is this sweep's; ConfigError if it is another one's."""
-        wanted = identify(self.config, self.tune) | {
-            "space": describe(self.space),
-            "fingerprint": self.prepared.fingerprint,
-        }
-        file = join(self.path, "sweep-config.json")
-        found = read_file(file)
-        if found is None:
-            if read_file(join(self.path, "config.json")) is not None:
-                raise ConfigError(f"{self.path}: holds a run, not a sweep; give another --name")
-            write_file(file, (json.dumps(wanted, indent=1) + "\n").encode())
-            return
-        differing = sorted(name for name, value in wanted.items() if json.loads(found).get(name) != value)
-        if differing:
-            raise ConfigError(
-                f"{self.path}: holds a sweep with another {', '.join(differing)}; "
-                "give the same flags to resume it, or another --name"
-            )
-
     def search(self) -> None:
         """Run the trials that are left."""
-        known = sorted(self.trials.trials.values(), key=lambda trial: trial.number)
-        for trial in known:
-            # There is time again, or it will end for the same reason.
-            if trial.reason == BUDGET:
-                trial.state = "waiting"
-        left = [trial for trial in known if not trial.done]
-        if not left and len(known) >= self.tune.trials:
-            logger.info("all %d trials were done before", len(known))
+        by_number = {trial.number: trial for trial in self.trials.trials.values()}
+        for trial in by_number.values():
+            if trial.state == "stopped" and trial.reason == BUDGET:
+                trial.state = "waiting"  # there is time again, or it will end for the same reason
+        count = max(self.tune.trials, max(by_number, default=-1) + 1)
+        if len(by_number) == count and all(trial.done for trial in by_number.values()):
+            logger.info("all %d trials were done before", count)
             return
         seconds = None
         if self.minutes:
@@ -185,11 +206,11 @@ class Searching:
         with ExitStack() as stack:
             folder = self.path if "://" not in self.path else stack.enter_context(tempfile.TemporaryDirectory())
             file = Path(folder) / "study.log"
-            study = Study(file, Path(self.path).name, self.space, self.tune.search, self.config.train.seed, known)
+            study = Study(file, self.name, self.space, self.tune.search, self.config.train.seed)
+            known = self._known(study, by_number)
             if self.tune.dashboard:
                 url = stack.enter_context(dashboard(file, self.tune.dashboard_port))
                 logger.info("dashboard: %s", url)
-            count = max(self.tune.trials, len(known))
             display = stack.enter_context(SweepDisplay(count, self.plan.at_once, deadline))
             display.known(known)
 
@@ -209,6 +230,17 @@ class Searching:
                 self._why_stopped,
             )
             self.trials.changed = lambda trial: None
+
+    def _known(self, study: Study, by_number: dict[int, Trial]) -> list[Trial]:
+        """The trials so far, in order, told to the study; one whose folder was deleted is begun anew."""
+        known = []
+        for number in range(max(by_number, default=-1) + 1):
+            if trial := by_number.get(number):
+                study.add(trial)
+            else:
+                trial = self.trials.add(self._planned(Trial(number=number, values=study.propose(number))))
+            known.append(trial)
+        return known
 
     def _next(self, known: list[Trial], study: Study, count: int) -> Any:
         """What gives one trial after the other: those that were begun, in their order, then new ones.
@@ -345,12 +377,12 @@ class Searching:
             return None
         self._written_at = time.monotonic()
         summary = self.summary(state)
-        write_file(join(self.path, "sweep.json"), (json.dumps(summary) + "\n").encode())
+        write_file(join(self.path, SUMMARY), (json.dumps(summary) + "\n").encode())
         return summary
 
     def finish(self) -> dict[str, Any]:
         spent = any(trial.reason == BUDGET for trial in self.trials.trials.values())
-        few = len(self.trials.trials) < self.tune.trials
+        few = len(self.trials.trials) < self.tune.trials or not all(t.done for t in self.trials.trials.values())
         summary = self.write_summary("budget spent" if spent or few else "finished", everything=True)
         assert summary is not None
         return summary
@@ -361,10 +393,10 @@ class Searching:
         confirmed = self._confirmed()
         winner = self._winner(confirmed)
         # Of another winner they would say nothing.
-        kept = self._kept if winner and winner["path"] == self._winner_before else dict.fromkeys(self._kept)
+        kept = self._kept if winner and winner == self._winner_before else dict.fromkeys(self._kept)
         return {
             "format": FORMAT,
-            "name": Path(self.path).name,
+            "name": self.name,
             "data": self.prepared.source,
             "recipe": self.recipe_name,
             "space_name": self.source,
@@ -418,12 +450,12 @@ class Searching:
         found = []
         for number in sorted({trial.number for trial in self.confirmed.trials.values()}):
             runs = [t for t in self.confirmed.trials.values() if t.number == number and t.score is not None and t.done]
-            if not runs:
+            searched = self.trials.trials.get(f"{number:05d}")
+            if not runs or searched is None:
                 continue
             runs.sort(key=lambda trial: trial.seed or 0)
             values = statistics(trial.score for trial in runs if trial.score is not None)
             best = max(runs, key=lambda trial: trial.score or 0.0)
-            searched = self.trials.trials[f"{number:05d}"]
             interval = values["ci95"]
             found.append(
                 {
@@ -443,7 +475,8 @@ class Searching:
     def _winner(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
         if confirmed:
             first = confirmed[0]
-            return {name: first[name] for name in ("number", "command", "path")} | {"confirmed": True}
+            values = {name: first[name] for name in ("number", "command", "path")}
+            return values | {"confirmed": True, "score": max(first["scores"])}
         ranked = [] if self.tune.folds else self.ranked()
         if not ranked:
             return None
@@ -453,6 +486,7 @@ class Searching:
             "command": self.command(best),
             "path": self.trials.path_of(best),
             "confirmed": False,
+            "score": best.score,
         }
 
     def _luck(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -483,7 +517,7 @@ def max_epochs(config: Config, space: Space) -> int:
 
 def keep(path: str, **found: Any) -> dict[str, Any]:
     """Add to sweep.json what became of the winner: `test`, `published`."""
-    file = join(path, "sweep.json")
+    file = join(path, SUMMARY)
     summary = json.loads(read_file(file) or b"{}") | found
     write_file(file, (json.dumps(summary) + "\n").encode())
     return summary

@@ -54,12 +54,18 @@ class TuneConfig:
             "folds": (self.folds == 0 or 2 <= self.folds <= 100, "use 2 to 100, or 0 for the val split"),
             "at-once": (self.at_once >= 0, "use 1 or more, or 0 for as many as fit"),
             "confirm": (re.fullmatch(r"0|[1-9]\d*,[1-9]\d*", self.confirm), "use K,S such as 3,3, or 0"),
-            "publish": (re.fullmatch(r"[\w.\-]+", self.publish), "use letters, digits, dots, dashes and underscores"),
+            # As cifar.store has it, which is not imported: it would tell only after the search.
+            "publish": (
+                re.fullmatch(r"[A-Za-z0-9][\w.\-]*", self.publish, re.ASCII) and self.publish != "aliases",
+                "use letters, digits, dots, dashes and underscores, the first a letter or digit",
+            ),
             "dashboard-port": (1 <= self.dashboard_port <= 65535, "use 1 to 65535"),
         }
         for flag, (holds, remedy) in checks.items():
             if not holds:
                 raise ConfigError(f"--{flag} {getattr(self, flag.replace('-', '_'))}: {remedy}")
+        if self.promote and self.publish == "none":
+            raise ConfigError("--promote: the champion is a published version; drop --publish none")
         if self.search == "pbt" and self.folds:
             raise ConfigError("--search pbt: changes a run while it trains, which folds cannot share; drop --folds")
         if self.search == "pbt" and self.trials < 4:

@@ -14,7 +14,7 @@ A user's own space is a Python file that defines SPACE:
 import dataclasses
 import math
 import runpy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -122,7 +122,7 @@ def load_space(source: str, shipped: Mapping[str, Space]) -> Space:
         raise ConfigError(f"--space {source}: no such file")
     try:
         space = runpy.run_path(source).get("SPACE")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"--space {source}: {type(error).__name__}: {error}") from error
     if not isinstance(space, dict) or not space:
         raise ConfigError(f"--space {source}: defines no SPACE = {{name: Float, Int or Choice}}")
@@ -159,6 +159,9 @@ def _extremes(domain: Domain, where: str) -> list[Any]:
     if isinstance(domain, Choice):
         if not domain.options:
             raise ConfigError(f"{where}: a Choice without options")
+        for option in domain.options:
+            if not isinstance(option, float | int | str | tuple):
+                raise ConfigError(f"{where}: {option!r} is no option; use a number, a string, True, False or a tuple")
         if len(set(domain.labels)) < len(domain.options):
             raise ConfigError(f"{where}: {domain} names an option twice")
         return list(domain.options)
@@ -177,10 +180,9 @@ def _check_type(current: Any, domain: Domain, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: {value!r} is of another type than the default, {current!r}")
 
 
-def without_fixed(space: Space, config: Config, recipe: Config) -> tuple[Space, list[str]]:
-    """The space less the settings in which the config differs from its recipe, and their names: a flag fixes those."""
-    ours, recipes = settings_of(config), settings_of(recipe)
-    fixed = [name for name in space if ours.get(name) != recipes.get(name)]
+def without_fixed(space: Space, given: Collection[str]) -> tuple[Space, list[str]]:
+    """The space less the settings that a flag gives, and their names."""
+    fixed = [name for name in space if name in given]
     return {name: domain for name, domain in space.items() if name not in fixed}, fixed
 
 

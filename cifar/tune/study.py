@@ -12,6 +12,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import TrialState, create_trial
 
 from cifar.augment import derive_seed
@@ -43,24 +44,28 @@ class Study:
     resumed sweep draws what an uninterrupted one would have drawn.
     """
 
-    def __init__(self, path: Path, name: str, space: Space, search: Search, seed: int, trials: list[Trial]):
+    def __init__(self, path: Path, name: str, space: Space, search: Search, seed: int):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.unlink(missing_ok=True)
+        # Of a driver that was killed while it wrote: Optuna would wait half a minute for it.
+        Path(f"{path}{LOCK_FILE_SUFFIX}").unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(path)))
         self._study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
         self._distributions = {name: distribution_of(domain) for name, domain in space.items()}
         self._search, self._seed = search, seed
         self._open: dict[int, optuna.Trial] = {}
-        for trial in trials:
-            if trial.done:
-                self._add(trial)
-            else:
-                self._study.enqueue_trial(dict(trial.values))
-                self._open[trial.number] = self._study.ask(self._distributions)
+
+    def add(self, trial: Trial) -> None:
+        """A trial of before; all that are added or proposed have consecutive numbers from 0."""
+        if trial.done:
+            self._add(trial)
+        else:
+            self._study.enqueue_trial(dict(trial.values))
+            self._open[trial.number] = self._study.ask(self._distributions)
 
     def propose(self, number: int) -> dict[str, Value]:
-        """Values of a new trial; numbers are consecutive from 0."""
+        """Values of a new trial."""
         seed = derive_seed(self._seed, "trial", number) % 2**32
         sampler: Any = optuna.samplers.RandomSampler(seed=seed)
         if self._search == "optuna":
