@@ -16,6 +16,14 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> A
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
+def alive(pid: int) -> bool:
+    """Not gone, and no zombie, which has no command line: nobody may be there to bury it."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def below(ancestor: int, name: str) -> list[int]:
     """Process ids of the processes of this title that the ancestor started, or those that it started."""
     found = []

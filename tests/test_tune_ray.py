@@ -19,7 +19,7 @@ from cifar.ray_job import Blocks
 from cifar.store import Store
 from cifar.train import fit
 from jobs import tune
-from tests.processes import below, wait_for
+from tests.processes import alive, below, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
@@ -224,10 +224,10 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints(parquet: Path, tmp_path: Pa
 
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(begun, "trials under way")
-        children = below(driver.pid, "ray::")
+        children = below(driver.pid, "ray::ImplicitFunc")
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        wait_for(lambda gone=children: not any(Path(f"/proc/{pid}/stat").exists() for pid in gone), "Ray to end")
+        wait_for(lambda gone=children: not any(map(alive, gone)), "the trials' processes to end")
         for path in tmp_path.glob("sweep/trials/*/checkpoints"):
             last = max(path.glob("checkpoint_*"), default=None)
             if last is not None:
