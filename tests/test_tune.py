@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import ray.tune
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray.tune.schedulers import FIFOScheduler
+from rich.console import Console
 
 from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cifar.data import Prepared
@@ -41,7 +44,7 @@ from cifar.tune.space import (
 )
 from cifar.tune.spaces import SPACES, space_for
 from cifar.tune.study import Study
-from cifar.tune.trial import explain, mean_history
+from cifar.tune.trial import TrialContext, explain, mean_history
 from jobs.tune import main
 
 SPACE: Space = {
@@ -476,6 +479,44 @@ def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     assert optuna.load_study(study_name="sweep", storage=storage).trials[3].value == 0.6
 
 
+def test_a_copied_trial_is_of_the_one_it_copied_and_of_nothing_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting's key is no sign of it: of a trial that copies one which once copied it, it is its own."""
+    heard: list[dict[str, Any]] = []
+    brought: list[Path] = []
+    monkeypatch.setattr(ray.tune, "report", lambda metrics, checkpoint=None: heard.append(metrics))
+    monkeypatch.setattr(
+        ray.tune, "get_checkpoint", lambda: ray.tune.Checkpoint.from_directory(str(brought[0])) if brought else None
+    )
+
+    def context(key: str, lr: float) -> TrialContext:
+        (tmp_path / key / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return TrialContext(RunDir(str(tmp_path / key)), torch.device("cpu"), key, {"lr": lr})
+
+    def train(one: TrialContext, epoch: int, accuracy: float) -> None:
+        folder = tmp_path / "new"
+        (folder / "model").mkdir(parents=True)
+        (folder / "model/config.json").write_text(str(accuracy))
+        one.begin()
+        one.report({"epoch": epoch, "val_accuracy": accuracy, "score": accuracy}, folder)
+
+    train(context("00000", 0.1), 1, 0.9)
+    train(context("00001", 0.2), 1, 0.5)
+    brought.append(tmp_path / "00000/checkpoints/checkpoint_000000")
+    train(context("00001", 0.3), 2, 0.4)
+    assert heard[-1]["copied"] == {"from": 0, "values": {"lr": 0.3}}
+    assert [path.name for path in (tmp_path / "00001/checkpoints").glob("*_*")] == ["checkpoint_000001"]
+    assert (tmp_path / "00001/model/config.json").read_text() == "0.4", "of the values that it has now"
+    brought[0] = tmp_path / "00001/checkpoints/checkpoint_000001"
+    train(context("00001", 0.3), 3, 0.3)
+    assert "copied" not in heard[-1], "its own, brought after a pause"
+    assert (tmp_path / "00001/model/config.json").read_text() == "0.4"
+    brought[0] = tmp_path / "00001/checkpoints/checkpoint_000002"
+    train(context("00000", 0.36), 4, 0.6)
+    assert heard[-1]["copied"] == {"from": 1, "values": {"lr": 0.36}}
+
+
 def test_folds_are_stratified_and_every_image_is_val_once(prepared: Prepared) -> None:
     table, folds = make_folds(prepared, 4, seed=0)
     labels = table.column("label").to_numpy()
@@ -558,6 +599,21 @@ def test_the_terminal_says_how_each_trial_ended(capsys: pytest.CaptureFixture[st
     assert shown.count("trial 00007") == 1
     assert "failed: out of memory" in shown
     assert "lr 0.1235  widths 8 16" in shown
+
+
+def test_the_table_of_many_settings_fits_a_terminal() -> None:
+    values: dict[str, Any] = dict.fromkeys(SPACES["fast"], 0.123456) | {"widths": "64 128 256"}
+    with SweepDisplay(9, 2, None) as display:
+        for number in range(9):
+            display.changed(Trial(number=number, values=values, epochs_planned=12, history=[row(1, number / 10)]))
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(display._table())
+    shown = captured.get()
+    assert "…" not in shown
+    assert shown.count("\n") == 5 + len(values)
+    for text in ("00008", "0.8000", "label_smoothing", "64 128 256", "1/12", "0.1235"):
+        assert text in shown
 
 
 def test_describe_is_json() -> None:
