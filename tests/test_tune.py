@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 import warnings
 from dataclasses import replace
@@ -43,7 +44,7 @@ from cifar.tune.space import (
     without_fixed,
 )
 from cifar.tune.spaces import SPACES, space_for
-from cifar.tune.study import Study
+from cifar.tune.study import Study, check_free
 from cifar.tune.trial import TrialContext, explain, mean_history
 from jobs.tune import main
 
@@ -456,7 +457,7 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path
 
 def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     trials = [
-        Trial(number=0, values={"lr": 0.1}, state="completed", history=[row(1, 0.5), row(2, 0.7)]),
+        Trial(number=0, values={"lr": 0.1}, state="completed", history=[row(1, 0.5), row(2, 0.7)], started=9, ended=12),
         Trial(number=1, values={"lr": 0.2}, state="stopped", reason="asha", history=[row(1, 0.3)]),
         Trial(number=2, values={"lr": 0.3}, state="failed", reason="out of memory"),
         Trial(number=3, values={"lr": 0.4}, state="running", history=[row(1, 0.6)]),
@@ -471,12 +472,25 @@ def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     assert [trial.state.name for trial in found] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [trial.params["lr"] for trial in found] == [0.1, 0.2, 0.3, 0.4]
     assert found[0].value == 0.7
+    assert found[0].duration is not None
+    assert found[0].duration.total_seconds() == 3, "also when it is told again"
     assert found[0].intermediate_values == {1: 0.5, 2: 0.7}
     assert found[2].user_attrs["ended"] == "out of memory"
     assert found[3].intermediate_values == {1: 0.6}
     trials[3].state, trials[3].reason = "completed", "all epochs done"
     study.end(trials[3])
     assert optuna.load_study(study_name="sweep", storage=storage).trials[3].value == 0.6
+
+
+def test_a_dashboard_may_follow_another_at_once() -> None:
+    """A browser was connected when the last one ended; only who listens has taken the port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--dashboard-port {port}: taken.*use another"):
+            check_free(port)
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+    check_free(port)
 
 
 def test_a_copied_trial_is_of_the_one_it_copied_and_of_nothing_before(
