@@ -22,8 +22,8 @@ class Checkpoints:
         self.path = absolute(path)
         self._scores = self._read()
 
-    def add(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Move a checkpoint in; `metrics` has its `score`."""
+    def add(self, folder: Path, metrics: dict[str, Any], alone: bool = False) -> None:
+        """Move a checkpoint in; `metrics` has its `score`. `alone`: none of those before is kept."""
         number = max(self._scores, default=-1) + 1
         (folder / REPORT).write_text(json.dumps(metrics))
         if "://" in self.path:
@@ -37,7 +37,7 @@ class Checkpoints:
             shutil.move(folder, partial)  # between file systems this copies; the rename shows it whole
             os.rename(partial, self._of(number))
         self._scores[number] = metrics["score"]
-        for other in self._scores.keys() - {self.best_number, number}:
+        for other in self._scores.keys() - ({number} if alone else {self.best_number, number}):
             self._remove(other)
 
     @property

@@ -83,11 +83,18 @@ class LocalContext:
             raise ConfigError(f"{run_dir.path}: this run was begun by Ray; go on with --workers 1, or another --name")
         self.checkpoints = Checkpoints(join(run_dir.path, "checkpoints"))
         self.checkpoint = self.checkpoints.last()
+        self._restarted = False
         self._copy_best()  # it may have been killed between the two
+
+    def restart(self, checkpoint: Path) -> None:
+        """Start from another run's checkpoint, a local folder. Those of before go when there is one of its own: until
+        then, a run that is killed goes on as if nothing had been."""
+        self.checkpoint, self._restarted = checkpoint, True
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         assert checkpoint is not None
-        self.checkpoints.add(checkpoint, metrics)
+        self.checkpoints.add(checkpoint, metrics, alone=self._restarted)
+        self._restarted = False
         self._copy_best()
 
     def preempted(self) -> bool:

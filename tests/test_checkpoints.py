@@ -52,6 +52,15 @@ def test_the_best_and_the_last_are_kept(path: str, tmp_path: Path) -> None:
     assert read_file(join(again.best(), "model/config.json")) == b"1"
 
 
+def test_one_that_begins_anew_is_alone(path: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(path)
+    for number, score in enumerate((0.9, 0.7)):
+        checkpoints.add(make(tmp_path / f"new{number}", str(number)), {"score": score})
+    checkpoints.add(make(tmp_path / "new", "2"), {"score": 0.1}, alone=True)
+    assert names(path) == ["checkpoint_000002"]
+    assert checkpoints.best_is_last
+
+
 def test_one_that_was_cut_off_is_none(path: str, tmp_path: Path) -> None:
     """Its report is written last; the next one takes its place."""
     checkpoints = Checkpoints(path)

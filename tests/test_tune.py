@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 import warnings
 from dataclasses import replace
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import ray.tune
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray.tune.schedulers import FIFOScheduler
+from rich.console import Console
 
 from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from cifar.data import Prepared
@@ -40,8 +44,8 @@ from cifar.tune.space import (
     without_fixed,
 )
 from cifar.tune.spaces import SPACES, space_for
-from cifar.tune.study import Study
-from cifar.tune.trial import explain, mean_history
+from cifar.tune.study import Study, check_free
+from cifar.tune.trial import TrialContext, explain, mean_history
 from jobs.tune import main
 
 SPACE: Space = {
@@ -453,7 +457,7 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path
 
 def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     trials = [
-        Trial(number=0, values={"lr": 0.1}, state="completed", history=[row(1, 0.5), row(2, 0.7)]),
+        Trial(number=0, values={"lr": 0.1}, state="completed", history=[row(1, 0.5), row(2, 0.7)], started=9, ended=12),
         Trial(number=1, values={"lr": 0.2}, state="stopped", reason="asha", history=[row(1, 0.3)]),
         Trial(number=2, values={"lr": 0.3}, state="failed", reason="out of memory"),
         Trial(number=3, values={"lr": 0.4}, state="running", history=[row(1, 0.6)]),
@@ -468,12 +472,63 @@ def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     assert [trial.state.name for trial in found] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [trial.params["lr"] for trial in found] == [0.1, 0.2, 0.3, 0.4]
     assert found[0].value == 0.7
+    assert found[0].duration is not None
+    assert found[0].duration.total_seconds() == 3, "also when it is told again"
     assert found[0].intermediate_values == {1: 0.5, 2: 0.7}
     assert found[2].user_attrs["ended"] == "out of memory"
     assert found[3].intermediate_values == {1: 0.6}
     trials[3].state, trials[3].reason = "completed", "all epochs done"
     study.end(trials[3])
     assert optuna.load_study(study_name="sweep", storage=storage).trials[3].value == 0.6
+
+
+def test_a_dashboard_may_follow_another_at_once() -> None:
+    """A browser was connected when the last one ended; only who listens has taken the port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--dashboard-port {port}: taken.*use another"):
+            check_free(port)
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+    check_free(port)
+
+
+def test_a_copied_trial_is_of_the_one_it_copied_and_of_nothing_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting's key is no sign of it: of a trial that copies one which once copied it, it is its own."""
+    heard: list[dict[str, Any]] = []
+    brought: list[Path] = []
+    monkeypatch.setattr(ray.tune, "report", lambda metrics, checkpoint=None: heard.append(metrics))
+    monkeypatch.setattr(
+        ray.tune, "get_checkpoint", lambda: ray.tune.Checkpoint.from_directory(str(brought[0])) if brought else None
+    )
+
+    def context(key: str, lr: float) -> TrialContext:
+        (tmp_path / key / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return TrialContext(RunDir(str(tmp_path / key)), torch.device("cpu"), key, {"lr": lr})
+
+    def train(one: TrialContext, epoch: int, accuracy: float) -> None:
+        folder = tmp_path / "new"
+        (folder / "model").mkdir(parents=True)
+        (folder / "model/config.json").write_text(str(accuracy))
+        one.begin()
+        one.report({"epoch": epoch, "val_accuracy": accuracy, "score": accuracy}, folder)
+
+    train(context("00000", 0.1), 1, 0.9)
+    train(context("00001", 0.2), 1, 0.5)
+    brought.append(tmp_path / "00000/checkpoints/checkpoint_000000")
+    train(context("00001", 0.3), 2, 0.4)
+    assert heard[-1]["copied"] == {"from": 0, "values": {"lr": 0.3}}
+    assert [path.name for path in (tmp_path / "00001/checkpoints").glob("*_*")] == ["checkpoint_000001"]
+    assert (tmp_path / "00001/model/config.json").read_text() == "0.4", "of the values that it has now"
+    brought[0] = tmp_path / "00001/checkpoints/checkpoint_000001"
+    train(context("00001", 0.3), 3, 0.3)
+    assert "copied" not in heard[-1], "its own, brought after a pause"
+    assert (tmp_path / "00001/model/config.json").read_text() == "0.4"
+    brought[0] = tmp_path / "00001/checkpoints/checkpoint_000002"
+    train(context("00000", 0.36), 4, 0.6)
+    assert heard[-1]["copied"] == {"from": 1, "values": {"lr": 0.36}}
 
 
 def test_folds_are_stratified_and_every_image_is_val_once(prepared: Prepared) -> None:
@@ -558,6 +613,21 @@ def test_the_terminal_says_how_each_trial_ended(capsys: pytest.CaptureFixture[st
     assert shown.count("trial 00007") == 1
     assert "failed: out of memory" in shown
     assert "lr 0.1235  widths 8 16" in shown
+
+
+def test_the_table_of_many_settings_fits_a_terminal() -> None:
+    values: dict[str, Any] = dict.fromkeys(SPACES["fast"], 0.123456) | {"widths": "64 128 256"}
+    with SweepDisplay(9, 2, None) as display:
+        for number in range(9):
+            display.changed(Trial(number=number, values=values, epochs_planned=12, history=[row(1, number / 10)]))
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(display._table())
+    shown = captured.get()
+    assert "…" not in shown
+    assert shown.count("\n") == 5 + len(values)
+    for text in ("00008", "0.8000", "label_smoothing", "64 128 256", "1/12", "0.1235"):
+        assert text in shown
 
 
 def test_describe_is_json() -> None:

@@ -60,16 +60,13 @@ class SweepDisplay:
     def _table(self) -> Group:
         trials = [trial for trial in self._known.values() if trial.score is not None]
         best = sorted(trials, key=lambda trial: -(trial.score or 0.0))[:BEST]
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("best", "val accuracy", "epochs", "state"):
-            table.add_column(name)
-        names = list(best[0].values) if best else []
-        for name in names:
-            table.add_column(name)
-        for trial in best:
-            values = [short(trial.current[name]) for name in names]
-            epochs = f"{trial.epochs}/{trial.epochs_planned}"
-            table.add_row(trial.key, f"{trial.score:.4f}", epochs, trial.state, *values)
+        # A column for each trial: a space has more settings than a terminal has room beside each other.
+        table = Table("best", *(trial.key for trial in best), box=None, padding=(0, 2, 0, 0))
+        table.add_row("val accuracy", *(f"{trial.score:.4f}" for trial in best))
+        table.add_row("epochs", *(f"{trial.epochs}/{trial.epochs_planned}" for trial in best))
+        table.add_row("state", *(trial.state for trial in best))
+        for name in best[0].values if best else ():
+            table.add_row(name, *(short(trial.current[name]) for trial in best))
         running = sum(trial.state == "running" for trial in self._known.values())
         failed = sum(trial.state == "failed" for trial in self._known.values())
         line = f"{len(self._ended)} of {self._trials} trials ended, {running} running, {failed} failed{self._left()}"

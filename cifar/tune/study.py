@@ -1,6 +1,7 @@
 """The sweep as a study of Optuna: who proposes the next trial, and what optuna-dashboard shows."""
 
 import contextlib
+import datetime
 import socket
 import subprocess
 import sys
@@ -114,6 +115,10 @@ class Study:
             intermediate_values=rows,
             user_attrs={"ended": trial.reason},
         )
+        # Of now otherwise, and the dashboard's timeline a heap.
+        if trial.started is not None and trial.ended is not None:
+            finished.datetime_start = datetime.datetime.fromtimestamp(trial.started)
+            finished.datetime_complete = datetime.datetime.fromtimestamp(trial.ended)
         self._study.add_trial(finished)
 
 
@@ -125,14 +130,21 @@ def distribution_of(domain: Domain) -> BaseDistribution:
     return FloatDistribution(float(domain.low), float(domain.high), log=domain.log)
 
 
-@contextlib.contextmanager
-def dashboard(study: Path, port: int) -> Iterator[str]:
-    """optuna-dashboard on the loopback interface for as long as the block runs; its URL."""
+def check_free(port: int) -> None:
+    """ConfigError if somebody listens there."""
     with socket.socket() as probe:
+        # Else connections of a dashboard that ended just now would count for a minute.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ConfigError(f"--dashboard-port {port}: taken ({error}); use another") from error
+
+
+@contextlib.contextmanager
+def dashboard(study: Path, port: int) -> Iterator[str]:
+    """optuna-dashboard on the loopback interface for as long as the block runs; its URL."""
+    check_free(port)
     command = [sys.executable, "-c", _DASHBOARD, str(study)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

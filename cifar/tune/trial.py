@@ -62,16 +62,14 @@ def run_trial(config: dict[str, Any], job: SweepJob) -> None:
         tune.report(row)
     if setting["rows"]:
         return
-    key, copied = setting["key"], {}
+    key = setting["key"]
     if job.changing:
         key = job.changing[int(tune.get_context().get_trial_id().rpartition("_")[2])]
-        if key != setting["key"]:
-            copied = {"from": int(setting["key"]), "values": setting["values"]}
     try:
         settings = apply(job.config, job.space, setting["values"])
         if setting["seed"] is not None:
             settings = replace(settings, train=replace(settings.train, seed=setting["seed"]))
-        trial = TrialRun(job, join(job.path, key), settings, setting["values"], copied)
+        trial = TrialRun(job, key, settings, setting["values"])
         if job.folds:
             outcome = trial.fit_folds()
         elif job.plan.workers:
@@ -97,10 +95,8 @@ def explain(error: Exception) -> str:
 class TrialRun:
     """A trial's run, or one for each fold."""
 
-    def __init__(
-        self, job: SweepJob, path: str, config: Config, values: dict[str, Any], copied: dict[str, Any]
-    ) -> None:
-        self.job, self.path, self.values, self.copied = job, path, values, copied
+    def __init__(self, job: SweepJob, key: str, config: Config, values: dict[str, Any]) -> None:
+        self.job, self.key, self.path, self.values = job, key, join(job.path, key), values
         self.config = config.with_batch_size(job.prepared.counts["train"])
         torch.set_num_threads(job.plan.threads)
         # A GPU, where Ray gave this process a share of one; else torch sees none.
@@ -112,7 +108,7 @@ class TrialRun:
         run_dir = self._open(self.path, prepared)
         train, val = (None if b is None else Rows(b.read(0, b.rows[0])) for b in (job.train, job.val))
         with run_dir.lock():
-            context = TrialContext(run_dir, self.device, changing=bool(job.changing), copied=self.copied)
+            context = TrialContext(run_dir, self.device, self.key, self.values if job.changing else None)
             context.begin()
             return train_here(self.config, prepared, context, train, val)["stopped"]
 
@@ -163,14 +159,16 @@ class TrialRun:
 class TrialContext(LocalContext):
     """Tells Tune of each epoch after its checkpoint is safe: there Tune ends a trial, within the call."""
 
-    def __init__(self, run_dir: RunDir, device: torch.device, *, changing: bool, copied: dict[str, Any]):
+    def __init__(self, run_dir: RunDir, device: torch.device, key: str, changing: dict[str, Any] | None):
+        """`changing`: the values that a trial trains with now, under population based training."""
         super().__init__(run_dir, device)
-        self._changing, self._copied = changing, copied
+        self._key, self._changing = key, changing
+        self._copied: dict[str, Any] = {}
 
     def begin(self) -> None:
         """Start from the checkpoint that Tune brings from another trial, or repeat what is known of this one."""
-        if self._changing:
-            if self._copied and (given := tune.get_checkpoint()):
+        if self._changing is not None:
+            if given := tune.get_checkpoint():
                 with given.as_directory() as folder:
                     self._adopt(Path(folder))
         elif self.checkpoint is not None:
@@ -178,21 +176,21 @@ class TrialContext(LocalContext):
                 tune.report(row)
 
     def _adopt(self, folder: Path) -> None:
-        """Go on from a copy of this checkpoint; from its own, which Tune brings after a pause, there is nothing new."""
-        position = (folder / "position.json").read_text()
-        if self.checkpoint is not None and (self.checkpoint / "position.json").read_text() == position:
-            self._copied = {}
+        """Go on from a copy of this checkpoint; in its own, which Tune brings after a pause, there is nothing new."""
+        # Not told by the setting's key: Tune copies that too, so that it is of whom the copied one had copied.
+        donor = json.loads((folder / "report.json").read_text())["trial"]
+        if donor == self._key:
             return
+        self._copied = {"from": int(donor), "values": self._changing}
         copy = Path(tempfile.mkdtemp(prefix="cifar-copied-"))
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        self.checkpoints.add(copy, json.loads((copy / "report.json").read_text()))
-        self.checkpoint = self.checkpoints.last()
+        self.restart(copy)
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        super().report(metrics, checkpoint)
+        super().report(metrics | {"trial": self._key}, checkpoint)
         if "val_accuracy" not in metrics:  # in mid-epoch
             return
-        if not self._changing:
+        if self._changing is None:
             tune.report(metrics)
             return
         if self._copied:
