@@ -107,9 +107,6 @@ def test_a_sweep_ends_with_a_confirmed_published_winner(search: Search, tmp_path
     assert [trial["ended"] is None for trial in again["trials"]] == [False] * 6
     assert again["train_seconds"] == summary["train_seconds"]
     assert "all 6 trials were done before" in again["said"]
-    more = search("--trials", "8", "--epochs", "4", "--confirm", "0", "--publish", "none", "--search", "random")
-    assert [trial["values"] for trial in more["trials"][:6]] == [trial["values"] for trial in trials]
-    assert len(more["trials"]) == 8
 
 
 @pytest.mark.usefixtures("ray_cluster")
