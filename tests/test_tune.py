@@ -1,12 +1,14 @@
 """Spaces, plans, the ledger and the study of a sweep, without Ray."""
 
 import json
+import logging
 import shutil
 import socket
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from cifar.data import Prepared
 from cifar.recipes import RECIPES, fast, notebook
 from cifar.run_dir import RunDir
 from cifar.tune import Choice, Float, Int
-from cifar.tune.execute import clipped, make_scheduler, rungs, setting_of, unchangeable
+from cifar.tune.execute import Recorder, clipped, environment, make_scheduler, rungs, setting_of, unchangeable
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
@@ -378,6 +380,30 @@ def test_the_winner_is_tried_again_when_it_trained_on(tmp_path: Path, config: Co
     (tmp_path / "trials/00000/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     summary = searching(config, prepared, tmp_path).finish()
     assert (summary["test"], summary["published"]) == (None, None)
+
+
+def test_a_summary_counts_all_calls(tmp_path: Path, config: Config, prepared: Prepared) -> None:
+    """Of a sweep that went on with fewer --trials; its clock is that of the first trial."""
+    first = searching(config, prepared, tmp_path)
+    for number in range(3):
+        first.trials.started(first.trials.add(Trial(number=number, values={"lr": 0.1})))
+    time.sleep(0.01)
+    summary = searching(config, prepared, tmp_path, TuneConfig(trials=1)).finish()
+    assert summary["trials_wanted"] == 3
+    assert summary["trials"][0]["started"] == 0
+    assert all(trial["started"] >= 0 for trial in summary["trials"])
+
+
+def test_a_trial_whose_process_dies_again_and_again_has_failed(tmp_path: Path, capfd: Any) -> None:
+    """In one sentence, and without Tune's traceback for each of them."""
+    ledger = Ledger(str(tmp_path))
+    trial = ledger.add(Trial(number=0, values={"lr": 0.1}))
+    tunes = SimpleNamespace(trial_id="a", config={"trial": {"key": trial.key}}, get_error=lambda: None)
+    with environment(verbose=False):
+        logging.getLogger("ray.tune.tune").error("Traceback")
+        Recorder(ledger, str, release=False).on_trial_error(1, [], tunes)
+    assert (trial.state, trial.reason) == ("failed", "its process died 4 times")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_search_with_trials_to_go_on_with_is_not_finished(tmp_path: Path, config: Config, prepared: Prepared) -> None:

@@ -4,6 +4,7 @@ Which trials there are, and what became of them, is the ledger's to know; Tune's
 thrown away.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -77,7 +78,7 @@ def execute(
         searching = {}
     recorder = Recorder(ledger, explain_stop, release=bool(job.plan.workers))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), job.plan.resources)
-    with scratch(job) as storage, environment():
+    with scratch(job) as storage, environment(job.config.run.verbose):
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": space} if space else None,
@@ -128,12 +129,19 @@ def remove(path: str) -> None:
 
 
 @contextmanager
-def environment() -> Iterator[None]:
+def environment(verbose: bool) -> Iterator[None]:
+    """With Tune's ways for as long as the block runs; unless `verbose`, without a traceback for each process that dies,
+    of which the ledger's sentence tells."""
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    if not verbose:
+        log.setLevel(logging.CRITICAL)
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
         yield
     finally:
+        log.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
@@ -253,8 +261,8 @@ class Recorder(tune.Callback):
             self._to_release.append((time.monotonic() + RELEASE_SECONDS, self._ledger.path_of(known)))
         if not known.done:
             error = trial.get_error()
-            text = " ".join(str(error).split())[:300] if error else "its process died"
-            self._ledger.ended(known, "failed", f"its process died {MAX_DEATHS + 1} times: {text}")
+            text = f": {' '.join(str(error).split())[:300]}" if error else ""
+            self._ledger.ended(known, "failed", f"its process died {MAX_DEATHS + 1} times{text}")
 
 
 def make_scheduler(tune_config: TuneConfig, space: Space, max_epochs: int) -> TrialScheduler:

@@ -389,7 +389,9 @@ class Searching:
 
     def summary(self, state: str) -> dict[str, Any]:
         tune, trials = self.tune, sorted(self.trials.trials.values(), key=lambda trial: trial.number)
-        now = datetime.datetime.fromtimestamp(self._started, datetime.UTC)
+        # Not of this call: the trials of those before would begin below zero.
+        start = min([self._started, *(trial.started for trial in trials if trial.started is not None)])
+        started_at = datetime.datetime.fromtimestamp(start, datetime.UTC)
         confirmed = self._confirmed()
         winner = self._winner(confirmed)
         # Of another winner they would say nothing.
@@ -404,17 +406,17 @@ class Searching:
             "scheduler": "none" if tune.search == "pbt" else tune.scheduler,
             "folds": tune.folds,
             "seed": self.config.train.seed,
-            "trials_wanted": tune.trials,
+            "trials_wanted": max(tune.trials, len(trials)),
             "at_once": self.plan.at_once,
             "plan": str(self.plan),
             "metric": "val_accuracy",
             "state": state,
-            "started_at": now.isoformat(timespec="seconds"),
+            "started_at": started_at.isoformat(timespec="seconds"),
             "wall_seconds": self._seconds_before + time.time() - self._started,
             "train_seconds": sum(trial.train_seconds for trial in trials),
             "rungs": self.rungs,
             "space": describe(self.space),
-            "trials": [self._described(trial) for trial in trials],
+            "trials": [self._described(trial, start) for trial in trials],
             "confirmed": confirmed,
             "confirm_seconds": sum(trial.train_seconds for trial in self.confirmed.trials.values()),
             "winner": winner,
@@ -422,9 +424,10 @@ class Searching:
             **kept,
         }
 
-    def _described(self, trial: Trial) -> dict[str, Any]:
+    def _described(self, trial: Trial, start: float) -> dict[str, Any]:
+        """For the report; times in seconds since the sweep's start."""
         done = len(trial.folds) or trial.epochs
-        since = [None if when is None else when - self._started for when in (trial.started, trial.ended)]
+        since = [None if when is None else when - start for when in (trial.started, trial.ended)]
         return {
             "number": trial.number,
             "values": trial.values,
