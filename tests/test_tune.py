@@ -31,7 +31,7 @@ from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
 from cifar.tune.progress import SweepDisplay
-from cifar.tune.run import Searching, claim, default_name, keep, max_epochs
+from cifar.tune.run import Searching, claim, default_name, keep
 from cifar.tune.settings import TuneConfig
 from cifar.tune.space import (
     MUTABLE,
@@ -47,6 +47,7 @@ from cifar.tune.space import (
 )
 from cifar.tune.spaces import SPACES, space_for
 from cifar.tune.study import Study, check_free
+from cifar.tune.summary import Setup, max_epochs
 from cifar.tune.trial import TrialContext, explain, mean_history
 from jobs.tune import main
 
@@ -337,10 +338,22 @@ def test_a_trial_of_other_values_makes_room(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "00000-seed101").iterdir()] == ["trial.json"]
 
 
+def setup(config: Config, prepared: Prepared, path: str, tune: TuneConfig) -> Setup:
+    return Setup(
+        config=config,
+        tune=tune,
+        recipe_name="fast",
+        recipe=fast(),
+        source="mine",
+        space=SPACE,
+        prepared=prepared,
+        plan=make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2),
+        path=path,
+    )
+
+
 def searching(config: Config, prepared: Prepared, path: Path, tune: TuneConfig | None = None) -> Searching:
-    plan = make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2)
-    tune = tune or TuneConfig(confirm="0")
-    return Searching(config, tune, "fast", fast(), "mine", SPACE, prepared, plan, str(path), 0.0)
+    return Searching(setup(config, prepared, str(path), tune or TuneConfig(confirm="0")), 0.0)
 
 
 @pytest.mark.parametrize("search", ["random", "optuna"])
@@ -435,10 +448,8 @@ def test_a_folder_is_of_one_sweep(tmp_path: Path, config: Config, prepared: Prep
 
 
 def test_a_sweep_is_called_by_its_folder_alone(config: Config, prepared: Prepared, tmp_path: Path) -> None:
-    plan = make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2)
     uri = f"file://{tmp_path}/sweep?endpoint_override=http%3A%2F%2F127.0.0.1"
-    one = Searching(config, TuneConfig(), "fast", fast(), "mine", SPACE, prepared, plan, uri, 0.0)
-    assert one.name == "sweep"
+    assert setup(config, prepared, uri, TuneConfig()).name == "sweep"
 
 
 def test_what_ended_is_repeated_to_the_scheduler() -> None:

@@ -1,11 +1,9 @@
 """A sweep from its flags to its winner: search, then the best trained anew with other seeds; the same call resumes."""
 
-import datetime
 import hashlib
 import json
 import logging
 import re
-import shlex
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -23,17 +21,17 @@ from cifar.data.prepared import absolute, join, read_file, write_file
 from cifar.machine import usable_cpus
 from cifar.ray_job import Blocks
 from cifar.run_dir import SWEEP_CONFIG, locked
-from cifar.statistics import statistics
 from cifar.train import prepare_while_ray_starts
-from cifar.tune.execute import execute, make_scheduler, rungs, unchangeable
+from cifar.tune.execute import execute, make_scheduler, unchangeable
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
-from cifar.tune.plan import SweepPlan, make_sweep_plan
+from cifar.tune.plan import make_sweep_plan
 from cifar.tune.progress import SweepDisplay
 from cifar.tune.settings import TuneConfig
-from cifar.tune.space import Choice, Space, apply, check_space, describe, flags_of, lines, load_space, without_fixed
+from cifar.tune.space import Space, apply, check_space, describe, lines, load_space, without_fixed
 from cifar.tune.spaces import SPACES, space_for
 from cifar.tune.study import Study, dashboard
+from cifar.tune.summary import Setup, ranked, summarize
 from cifar.tune.trial import SweepJob
 
 FORMAT = 1
@@ -87,7 +85,18 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     claim(path, config, tune, space, prepared)
     logger.info("sweep: %s", path)
     with locked_sweep(path):
-        searching = Searching(config, tune, recipe_name, recipe, source, space, prepared, plan, path, minutes)
+        setup = Setup(
+            config=config,
+            tune=tune,
+            recipe_name=recipe_name,
+            recipe=recipe,
+            source=source,
+            space=space,
+            prepared=prepared,
+            plan=plan,
+            path=path,
+        )
+        searching = Searching(setup, minutes)
         searching.search()
         searching.confirm()
         summary = searching.finish()
@@ -161,28 +170,13 @@ def identify(config: Config, tune: TuneConfig) -> dict[str, Any]:
 class Searching:
     """The work of one call of `sweep`."""
 
-    def __init__(
-        self,
-        config: Config,
-        tune: TuneConfig,
-        recipe_name: str,
-        recipe: Config,
-        source: str,
-        space: Space,
-        prepared: Prepared,
-        plan: SweepPlan,
-        path: str,
-        minutes: float,
-    ):
-        self.config, self.tune, self.recipe_name, self.recipe = config, tune, recipe_name, recipe
-        self.source, self.space, self.prepared, self.plan, self.path = source, space, prepared, plan, path
-        self.minutes = minutes
-        self.max_epochs = tune.folds or max_epochs(config, space)
-        self.trials = Ledger(join(path, "trials"))
-        self.confirmed = Ledger(join(path, "confirm"))
-        self.name = path.partition("?")[0].rsplit("/", 1)[-1]
+    def __init__(self, setup: Setup, minutes: float):
+        """`minutes` bound the search over all calls; 0: nothing does."""
+        self.setup, self.tune, self.minutes = setup, setup.tune, minutes
+        self.trials = Ledger(join(setup.path, "trials"))
+        self.confirmed = Ledger(join(setup.path, "confirm"))
         remedy = "delete it: the trials are kept, test is read again and the winner published again"
-        before = read_json(join(path, SUMMARY), remedy) or {}
+        before = read_json(join(setup.path, SUMMARY), remedy) or {}
         self._seconds_before = before.get("wall_seconds", 0.0)
         self._kept = {name: before.get(name) for name in ("test", "published", "published_to", "promoted")}
         self._winner_before = before.get("winner")
@@ -204,14 +198,16 @@ class Searching:
             seconds = max(60 * self.minutes - self._seconds_before, 1.0)
         deadline = None if seconds is None else time.monotonic() + seconds
         with ExitStack() as stack:
-            folder = self.path if "://" not in self.path else stack.enter_context(tempfile.TemporaryDirectory())
+            folder = (
+                self.setup.path if "://" not in self.setup.path else stack.enter_context(tempfile.TemporaryDirectory())
+            )
             file = Path(folder) / "study.log"
-            study = Study(file, self.name, self.space, self.tune.search, self.config.train.seed)
+            study = Study(file, self.setup.name, self.setup.space, self.tune.search, self.setup.config.train.seed)
             known = self._known(study, by_number)
             if self.tune.dashboard:
                 url = stack.enter_context(dashboard(file, self.tune.dashboard_port))
                 logger.info("dashboard: %s", url)
-            display = stack.enter_context(SweepDisplay(count, self.plan.at_once, deadline))
+            display = stack.enter_context(SweepDisplay(count, self.setup.plan.at_once, deadline))
             display.known(known)
 
             def changed(trial: Trial) -> None:
@@ -223,7 +219,7 @@ class Searching:
             execute(
                 self._job(self.trials.path),
                 self.trials,
-                make_scheduler(self.tune, self.space, self.max_epochs),
+                make_scheduler(self.tune, self.setup.space, self.setup.max_epochs),
                 self._next(known, study, count),
                 count,
                 seconds,
@@ -262,22 +258,22 @@ class Searching:
 
     def _planned(self, trial: Trial) -> Trial:
         try:
-            trial.epochs_planned = apply(self.config, self.space, trial.values).train.epochs
+            trial.epochs_planned = apply(self.setup.config, self.setup.space, trial.values).train.epochs
         except ConfigError:  # the trial will fail, and say so
-            trial.epochs_planned = self.config.train.epochs
+            trial.epochs_planned = self.setup.config.train.epochs
         return trial
 
     def confirm(self) -> None:
         """Train the best configurations anew, with seeds that the search has not seen."""
         configs, seeds = self.tune.confirm_counts
-        best = self.ranked()[:configs]
+        best = ranked(self.trials)[:configs]
         if not best or not seeds:
             return
         planned = [
             Trial(
                 number=trial.number,
                 values=trial.current,
-                seed=self.config.train.seed + FIRST_SEED + place,
+                seed=self.setup.config.train.seed + FIRST_SEED + place,
                 epochs_planned=trial.epochs_planned,
             )
             for trial in best
@@ -287,7 +283,7 @@ class Searching:
         if not todo:
             return
         logger.info("confirming: the best %d, each with %d new seeds", len(best), seeds)
-        with SweepDisplay(len(planned), self.plan.at_once, None) as display:
+        with SweepDisplay(len(planned), self.setup.plan.at_once, None) as display:
             display.known(list(self.confirmed.trials.values()))
 
             def changed(trial: Trial) -> None:
@@ -298,7 +294,7 @@ class Searching:
             waiting = iter(todo)
             job = self._job(self.confirmed.path, confirming=True)
             none = replace(self.tune, search="random", scheduler="none", folds=0)
-            scheduler = make_scheduler(none, self.space, self.max_epochs)
+            scheduler = make_scheduler(none, self.setup.space, self.setup.max_epochs)
             execute(
                 job,
                 self.confirmed,
@@ -314,27 +310,22 @@ class Searching:
         """With the images put into the object store once, for all trials."""
         train, val, folds = None, None, ()
         if self.tune.folds and not confirming:
-            whole, folds = make_folds(self.prepared, self.tune.folds, self.config.data.split_seed)
+            whole, folds = make_folds(self.setup.prepared, self.tune.folds, self.setup.config.data.split_seed)
             train = val = Blocks.of(whole)
-        elif self.plan.resident:
+        elif self.setup.plan.resident:
             columns = ["image", "label", "index"]
-            train, val = (Blocks.of(self.prepared.table(split, columns)) for split in ("train", "val"))
+            train, val = (Blocks.of(self.setup.prepared.table(split, columns)) for split in ("train", "val"))
         return SweepJob(
-            config=self.config,
-            space=self.space,
-            prepared=self.prepared,
+            config=self.setup.config,
+            space=self.setup.space,
+            prepared=self.setup.prepared,
             path=path,
-            plan=self.plan,
+            plan=self.setup.plan,
             train=train,
             val=val,
             folds=folds,
             changing=("",) if self.tune.search == "pbt" and not confirming else (),
         )
-
-    def ranked(self) -> list[Trial]:
-        """Trials that have a score, best first; the earlier one of equals."""
-        scored = [trial for trial in self.trials.trials.values() if trial.score is not None]
-        return sorted(scored, key=lambda trial: (-(trial.score or 0.0), trial.number))
 
     def _why_stopped(self, trial: Trial) -> str:
         done = len(trial.folds) or trial.epochs
@@ -343,7 +334,7 @@ class Searching:
             return BUDGET
         if self.tune.scheduler == "median":
             return f"median, after {unit} {done}: below the median of the others' means"
-        rung = max((rung for rung in self.rungs if rung <= done), default=done)
+        rung = max((rung for rung in self.setup.rungs if rung <= done), default=done)
         others = [value for other in self.trials.trials.values() if (value := self._at(other, rung)) is not None]
         cutoff = float(np.percentile(others, 100 * (1 - 1 / self.tune.reduction)))
         mine = self._at(trial, rung)
@@ -355,29 +346,23 @@ class Searching:
             return float(np.mean(trial.folds[:rung])) if len(trial.folds) >= rung else None
         return next((row["val_accuracy"] for row in trial.history if row["epoch"] == rung), None)
 
-    @property
-    def rungs(self) -> list[int]:
-        return rungs(self.tune, self.max_epochs)
-
-    def command(self, trial: Trial) -> str:
-        """What trains the trial's configuration by itself."""
-        config = self.config
-        try:
-            config = apply(config, self.space, trial.current)
-        except ConfigError:  # it is for reading only: the trial failed
-            return ""
-        if trial.seed is not None:
-            config = replace(config, train=replace(config.train, seed=trial.seed))
-        flags = flags_of(config, self.recipe)
-        return shlex.join(["python", "jobs/train.py", "--recipe", self.recipe_name, *flags])
-
     def write_summary(self, state: str, everything: bool = False) -> dict[str, Any] | None:
         """sweep.json, at most every few seconds while the sweep runs."""
         if not everything and time.monotonic() - self._written_at < WRITE_SECONDS:
             return None
         self._written_at = time.monotonic()
-        summary = self.summary(state)
-        write_file(join(self.path, SUMMARY), (json.dumps(summary) + "\n").encode())
+        summary = summarize(
+            self.setup,
+            self.trials,
+            self.confirmed,
+            state=state,
+            since=self._started,
+            wall_seconds=self._seconds_before + time.time() - self._started,
+        )
+        # Of another winner they would say nothing.
+        same = summary["winner"] and summary["winner"] == self._winner_before
+        summary |= self._kept if same else dict.fromkeys(self._kept)
+        write_file(join(self.setup.path, SUMMARY), (json.dumps(summary) + "\n").encode())
         return summary
 
     def finish(self) -> dict[str, Any]:
@@ -386,136 +371,6 @@ class Searching:
         summary = self.write_summary("budget spent" if spent or few else "finished", everything=True)
         assert summary is not None
         return summary
-
-    def summary(self, state: str) -> dict[str, Any]:
-        tune, trials = self.tune, sorted(self.trials.trials.values(), key=lambda trial: trial.number)
-        # Not of this call: the trials of those before would begin below zero.
-        start = min([self._started, *(trial.started for trial in trials if trial.started is not None)])
-        started_at = datetime.datetime.fromtimestamp(start, datetime.UTC)
-        confirmed = self._confirmed()
-        winner = self._winner(confirmed)
-        # Of another winner they would say nothing.
-        kept = self._kept if winner and winner == self._winner_before else dict.fromkeys(self._kept)
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "data": self.prepared.source,
-            "recipe": self.recipe_name,
-            "space_name": self.source,
-            "search": tune.search,
-            "scheduler": "none" if tune.search == "pbt" else tune.scheduler,
-            "folds": tune.folds,
-            "seed": self.config.train.seed,
-            "trials_wanted": max(tune.trials, len(trials)),
-            "at_once": self.plan.at_once,
-            "plan": str(self.plan),
-            "metric": "val_accuracy",
-            "state": state,
-            "started_at": started_at.isoformat(timespec="seconds"),
-            "wall_seconds": self._seconds_before + time.time() - self._started,
-            "train_seconds": sum(trial.train_seconds for trial in trials),
-            "rungs": self.rungs,
-            "space": describe(self.space),
-            "trials": [self._described(trial, start) for trial in trials],
-            "confirmed": confirmed,
-            "confirm_seconds": sum(trial.train_seconds for trial in self.confirmed.trials.values()),
-            "winner": winner,
-            "luck": self._luck(confirmed),
-            **kept,
-        }
-
-    def _described(self, trial: Trial, start: float) -> dict[str, Any]:
-        """For the report; times in seconds since the sweep's start."""
-        done = len(trial.folds) or trial.epochs
-        since = [None if when is None else when - start for when in (trial.started, trial.ended)]
-        return {
-            "number": trial.number,
-            "values": trial.values,
-            "state": trial.state,
-            "reason": trial.reason,
-            "score": trial.score,
-            "epochs": trial.epochs,
-            "epochs_planned": trial.epochs_planned,
-            "rung": sum(rung <= done for rung in self.rungs) - 1,
-            "train_seconds": trial.train_seconds,
-            "started": since[0],
-            "ended": since[1],
-            "resumed": max(trial.attempts - 1, 0),
-            "history": trial.history,
-            "folds": trial.folds,
-            "mutations": trial.mutations,
-            "command": self.command(trial),
-            "path": self.trials.path_of(trial),
-        }
-
-    def _confirmed(self) -> list[dict[str, Any]]:
-        """The configurations that were trained anew, the best mean first."""
-        found = []
-        for number in sorted({trial.number for trial in self.confirmed.trials.values()}):
-            runs = [t for t in self.confirmed.trials.values() if t.number == number and t.score is not None and t.done]
-            searched = self.trials.trials.get(f"{number:05d}")
-            if not runs or searched is None:
-                continue
-            runs.sort(key=lambda trial: trial.seed or 0)
-            values = statistics(trial.score for trial in runs if trial.score is not None)
-            best = max(runs, key=lambda trial: trial.score or 0.0)
-            interval = values["ci95"]
-            found.append(
-                {
-                    "number": number,
-                    "values": best.values,
-                    "seeds": [trial.seed for trial in runs],
-                    "scores": [trial.score for trial in runs],
-                    "mean": values["mean"],
-                    "interval": interval and [max(interval[0], 0.0), min(interval[1], 1.0)],
-                    "search_score": searched.score,
-                    "command": self.command(best),
-                    "path": self.confirmed.path_of(best),
-                }
-            )
-        return sorted(found, key=lambda values: (-values["mean"], values["number"]))
-
-    def _winner(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
-        if confirmed:
-            first = confirmed[0]
-            values = {name: first[name] for name in ("number", "command", "path")}
-            return values | {"confirmed": True, "score": max(first["scores"])}
-        ranked = [] if self.tune.folds else self.ranked()
-        if not ranked:
-            return None
-        best = ranked[0]
-        return {
-            "number": best.number,
-            "command": self.command(best),
-            "path": self.trials.path_of(best),
-            "confirmed": False,
-            "score": best.score,
-        }
-
-    def _luck(self, confirmed: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """How much of the best trial's lead over the median trial its fresh seeds do not repeat."""
-        ranked = self.ranked()
-        again = next((one for one in confirmed if ranked and one["number"] == ranked[0].number), None)
-        if again is None:
-            return None
-        best = ranked[0].score or 0.0
-        gain = best - float(np.median([trial.score for trial in ranked if trial.score is not None]))
-        luck = best - again["mean"]
-        return {
-            "search_score": best,
-            "confirmed_mean": again["mean"],
-            "luck": luck,
-            "gain": gain,
-            "share": luck / gain if gain > 0 else None,
-        }
-
-
-def max_epochs(config: Config, space: Space) -> int:
-    """Of any trial."""
-    domain = space.get("epochs")
-    if domain is None:
-        return config.train.epochs
-    return int(max(domain.options) if isinstance(domain, Choice) else domain.high)
 
 
 def keep(path: str, **found: Any) -> dict[str, Any]:
