@@ -31,7 +31,7 @@ from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
 from cifar.tune.progress import SweepDisplay
-from cifar.tune.run import Searching, claim, default_name, keep
+from cifar.tune.run import Searching, claim, default_name, keep, locked_sweep
 from cifar.tune.settings import TuneConfig
 from cifar.tune.space import (
     MUTABLE,
@@ -445,6 +445,17 @@ def test_a_folder_is_of_one_sweep(tmp_path: Path, config: Config, prepared: Prep
         searching(config, prepared, tmp_path / "one")
     with pytest.raises(ConfigError, match=r"--storage .*: cannot be written"):
         claim(str(tmp_path / "one/sweep.json/x"), config, TuneConfig(), SPACE, prepared)
+
+
+def test_a_sweep_has_one_driver_and_says_how_it_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with locked_sweep(str(tmp_path)):
+        second = locked_sweep(str(tmp_path))
+        with pytest.raises(ConfigError, match="another process works on this sweep"):
+            second.__enter__()
+    with pytest.raises(KeyboardInterrupt), locked_sweep(str(tmp_path)):
+        raise KeyboardInterrupt
+    assert f"{tmp_path}: keeps what was trained; the same command goes on" in caplog.text
 
 
 def test_a_sweep_is_called_by_its_folder_alone(config: Config, prepared: Prepared, tmp_path: Path) -> None:
