@@ -517,6 +517,7 @@ def test_the_study_is_what_optuna_dashboard_reads(tmp_path: Path) -> None:
     study.report(trials[3])
     storage = JournalStorage(JournalFileBackend(str(file)))
     found = optuna.load_study(study_name="sweep", storage=storage).trials
+    assert optuna.load_study(study_name="sweep", storage=storage).metric_names == ["val accuracy"]
     assert [trial.state.name for trial in found] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert [trial.params["lr"] for trial in found] == [0.1, 0.2, 0.3, 0.4]
     assert found[0].value == 0.7

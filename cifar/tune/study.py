@@ -5,12 +5,14 @@ import datetime
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import LOCK_FILE_SUFFIX
@@ -53,6 +55,9 @@ class Study:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(path)))
         self._study = optuna.create_study(storage=storage, study_name=name, direction="maximize")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self._study.set_metric_names(["val accuracy"])  # else the dashboard calls it "Objective 0"
         self._distributions = {name: distribution_of(domain) for name, domain in space.items()}
         self._search, self._seed = search, seed
         self._open: dict[int, optuna.Trial] = {}
