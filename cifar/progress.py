@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -15,15 +15,14 @@ from rich.table import Table
 POLL_SECONDS = 0.5
 
 
-class Display:
-    """One line per finished epoch, and below it a line that changes while an epoch runs, if stderr is a terminal."""
+class Terminal:
+    """stderr: lines that stay, and below them, if it is a terminal, what changes."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._shown = 0
         self._live: Live | None = None
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -32,6 +31,14 @@ class Display:
     def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
+
+
+class Display(Terminal):
+    """One line per finished epoch, and below it one for the epoch that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = 0
 
     def history(self, rows: list[dict[str, Any]]) -> None:
         """Print the epochs that are not on the screen yet."""

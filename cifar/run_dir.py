@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from cifar.config import Config, ConfigError
-from cifar.data.prepared import Prepared, filesystem, join, read_file, write_file
+from cifar.data.prepared import Prepared, filesystem, join, read_file, read_object, write_file
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
@@ -32,13 +32,13 @@ class RunDir:
         wanted = {"config": config.to_dict(), "fingerprint": prepared.fingerprint, "source": prepared.source}
         # Where a run is kept and on how many workers it goes on may change; what it computes may not.
         del wanted["config"]["run"]
-        found = self.read_text("config.json")
+        found = read_object(join(self.path, "config.json"), "give another --name")
         if found is None and self.read_text(SWEEP_CONFIG) is not None:
             raise ConfigError(f"{self.path}: holds a sweep, not a run; give another --name")
         if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return
-        differing = sorted(_differences(self._parse(found), wanted))
+        differing = sorted(_differences(found, wanted))
         if differing:
             raise ConfigError(
                 f"{self.path}: holds a run with another {', '.join(differing[:5])}; "
@@ -70,17 +70,12 @@ class RunDir:
 
     def copy_best_model(self) -> None:
         """Of a run of Ray Train that was ended in its middle: by its own list, which names whole checkpoints only."""
-        listed = json.loads(self.read_text("checkpoints/checkpoint_manager_snapshot.json") or "{}")
+        file = join(self.path, "checkpoints/checkpoint_manager_snapshot.json")
+        listed = read_object(file, "delete the run's folder") or {}
         found = [result for result in listed.get("checkpoint_results", []) if result["metrics"].get("score", -1) >= 0]
         if found:
             best = max(found, key=lambda result: result["metrics"]["score"])
             self.copy_model(join(self.path, f"checkpoints/{best['checkpoint_dir_name']}"))
-
-    def _parse(self, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{join(self.path, 'config.json')}: damaged ({error}); give another --name") from error
 
     def read_text(self, name: str) -> str | None:
         """Text of a file of the folder; None if there is none."""

@@ -23,7 +23,7 @@ from pyarrow import fs
 from safetensors.torch import load, save
 
 from cifar.config import ConfigError
-from cifar.data.prepared import absolute, exists, filesystem, join, read_file, write_file
+from cifar.data.prepared import absolute, exists, filesystem, join, read_file, read_object, write_file
 from cifar.model_dir import load_model
 from cifar.run_dir import local_model
 
@@ -245,7 +245,7 @@ class Store:
     def _manifest(self, name: str, version: str) -> Version | None:
         """None for one that was deleted meanwhile."""
         where = join(self.path, f"{name}/{version}/{MANIFEST}")
-        values = _object(where)
+        values = read_object(where, "delete the folder")
         if values is None:
             return None
         if values.pop("format", None) != FORMAT:
@@ -264,7 +264,7 @@ class Store:
 
     def _alias(self, name: str, alias: str) -> Alias | None:
         where = join(self.path, f"{name}/{ALIASES}/{alias}.json")
-        values = _object(where)
+        values = read_object(where, "promote a version again")
         if values is None:
             return None
         try:
@@ -382,19 +382,6 @@ def halved(weights: bytes, parameters: set[str]) -> bytes:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _object(path: str) -> dict[str, Any] | None:
-    data = read_file(path)
-    if data is None:
-        return None
-    try:
-        values = json.loads(data)
-    except ValueError as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")
-    return values
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

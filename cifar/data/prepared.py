@@ -248,6 +248,20 @@ def read_file(path: str) -> bytes | None:
         return None
 
 
+def read_object(path: str, remedy: str) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file. ConfigError with the remedy if it holds anything else."""
+    data = read_file(path)
+    if data is None:
+        return None
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); {remedy}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: damaged (no object, but {type(values).__name__}); {remedy}")
+    return values
+
+
 def write_file(path: str, data: bytes) -> None:
     """Write a small file so that no reader sees half of it."""
     files, target = filesystem(path)

@@ -1,39 +1,27 @@
 """A sweep in the terminal: a line for each trial that ends, and below a short table of the best."""
 
-import sys
 import time
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from cifar.progress import Terminal
 from cifar.tune.ledger import Trial
 
 BEST = 5
 REDRAW_SECONDS = 0.25
 
 
-class SweepDisplay:
+class SweepDisplay(Terminal):
     def __init__(self, trials: int, at_once: int, deadline: float | None):
         """`trials` to come to, so many `at_once`; `deadline` by `time.monotonic`, if there is one."""
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        super().__init__()
         self._trials, self._at_once, self._deadline = trials, at_once, deadline
         self._known: dict[str, Trial] = {}
         self._ended: set[str] = set()
         self._seconds: list[float] = []
         self._drawn_at = 0.0
-        self._live: Live | None = None
-
-    def __enter__(self) -> "SweepDisplay":
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def known(self, trials: list[Trial]) -> None:
         """Those that ended before: counted, not printed."""

@@ -17,7 +17,7 @@ import ray
 
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
-from cifar.data.prepared import absolute, join, read_file, write_file
+from cifar.data.prepared import absolute, join, read_file, read_object, write_file
 from cifar.machine import usable_cpus
 from cifar.ray_job import Blocks
 from cifar.run_dir import SWEEP_CONFIG, locked
@@ -120,7 +120,7 @@ def claim(path: str, config: Config, tune: TuneConfig, space: Space, prepared: P
     """The folder is this sweep's; ConfigError if it is another one's, or a run's."""
     wanted = identify(config, tune) | {"space": describe(space), "fingerprint": prepared.fingerprint}
     file = join(path, SWEEP_CONFIG)
-    found = read_json(file, "delete it if the flags are those of before, or give another --name")
+    found = read_object(file, "delete it if the flags are those of before, or give another --name")
     if found is None:
         if read_file(join(path, "config.json")) is not None:
             raise ConfigError(f"{path}: holds a run, not a sweep; give another --name")
@@ -135,20 +135,6 @@ def claim(path: str, config: Config, tune: TuneConfig, space: Space, prepared: P
             f"{path}: holds a sweep with another {', '.join(differing)}; "
             "give the same flags to resume it, or another --name"
         )
-
-
-def read_json(file: str, remedy: str) -> dict[str, Any] | None:
-    """The object in a file; None if there is no file. ConfigError with the remedy if it is damaged."""
-    data = read_file(file)
-    if data is None:
-        return None
-    try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise ConfigError(f"{file}: damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: damaged (no object); {remedy}")
-    return found
 
 
 def default_name(config: Config, tune: TuneConfig, source: str, space: Space, prepared: Prepared) -> str:
@@ -176,7 +162,7 @@ class Searching:
         self.trials = Ledger(join(setup.path, "trials"))
         self.confirmed = Ledger(join(setup.path, "confirm"))
         remedy = "delete it: the trials are kept, test is read again and the winner published again"
-        before = read_json(join(setup.path, SUMMARY), remedy) or {}
+        before = read_object(join(setup.path, SUMMARY), remedy) or {}
         self._seconds_before = before.get("wall_seconds", 0.0)
         self._kept = {name: before.get(name) for name in ("test", "published", "published_to", "promoted")}
         self._winner_before = before.get("winner")
@@ -376,6 +362,6 @@ class Searching:
 def keep(path: str, **found: Any) -> dict[str, Any]:
     """Add to sweep.json what became of the winner: `test`, `published`."""
     file = join(path, SUMMARY)
-    summary = json.loads(read_file(file) or b"{}") | found
+    summary = (read_object(file, "run the same command again") or {}) | found
     write_file(file, (json.dumps(summary) + "\n").encode())
     return summary
