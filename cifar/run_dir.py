@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from cifar.config import Config, ConfigError
-from cifar.data.prepared import Prepared, filesystem, join, read_file, read_object, write_file
+from cifar.data.prepared import Prepared, exists, filesystem, join, read_object, write_file
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
@@ -33,7 +33,7 @@ class RunDir:
         # Where a run is kept and on how many workers it goes on may change; what it computes may not.
         del wanted["config"]["run"]
         found = read_object(join(self.path, "config.json"), "give another --name")
-        if found is None and self.read_text(SWEEP_CONFIG) is not None:
+        if found is None and exists(join(self.path, SWEEP_CONFIG)):
             raise ConfigError(f"{self.path}: holds a sweep, not a run; give another --name")
         if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
@@ -76,11 +76,6 @@ class RunDir:
         if found:
             best = max(found, key=lambda result: result["metrics"]["score"])
             self.copy_model(join(self.path, f"checkpoints/{best['checkpoint_dir_name']}"))
-
-    def read_text(self, name: str) -> str | None:
-        """Text of a file of the folder; None if there is none."""
-        data = read_file(join(self.path, name))
-        return None if data is None else data.decode()
 
 
 @contextmanager
