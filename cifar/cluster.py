@@ -73,6 +73,11 @@ class Plan:
     def elastic(self) -> bool:
         return self.min_workers != self.max_workers
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one worker, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpus_per_worker else {})
+
     def __str__(self) -> str:
         count = f"{self.min_workers} to {self.max_workers}" if self.elastic else str(self.max_workers)
         holds = (

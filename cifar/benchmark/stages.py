@@ -63,6 +63,9 @@ class Alone:
     def preempted(self) -> bool:
         return False
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        pass
+
     def progress(self, values: dict[str, Any]) -> None:
         pass
 
