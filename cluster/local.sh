@@ -20,9 +20,8 @@ export RAY_health_check_failure_threshold=3 RAY_health_check_initial_delay_ms=20
 cat <<'END'
 In another terminal, with the project's environment (. .venv/bin/activate):
 
-  export RAY_AUTH_MODE=token
+  export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265
   ray job submit --working-dir . -- python jobs/train.py --data digits --workers 3 --storage ~/runs
-  ray status                        # nodes come and go
   ray get-auth-token                # the dashboard, http://127.0.0.1:8265, asks for it
 
 Ctrl-C here ends the cluster.
