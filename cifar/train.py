@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cifar.autoscaler import cluster_nodes
 from cifar.cluster import Plan, make_plan, start_ray
 from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
@@ -96,8 +97,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
 
     from cifar.ray_job import Blocks, Job
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), nodes)
+    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_nodes())
     logger.info("%s", plan)
     run_dir.open(config, prepared)
     resident = plan.loader == "resident"

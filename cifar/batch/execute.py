@@ -98,7 +98,10 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
     import ray
     import ray.data
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    from cifar.autoscaler import cluster_nodes  # not above: it imports Ray
+
+    there, coming = cluster_nodes()
+    nodes = [*there, *coming]
     plan = make_plan(nodes, device, len(parts))
     logger.info("%s", plan)
     files = ray.put({file.name: file.read_bytes() for file in model.iterdir() if file.is_file()})
