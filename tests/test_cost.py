@@ -238,7 +238,7 @@ def test_a_benchmark_on_a_gpu_gives_its_own_seconds() -> None:
     assert work.val_per_image == pytest.approx(0.003 / 100)
     cost = predict_cost(result("cuda"), "benchmark.json", {})
     assert not {"gpu_flops", "gpu_share", "step_overhead"} & {each["name"] for each in cost["assumptions"]}
-    assert len(cost["changes"]) == len(changes(100, ASSUMED)) - 2
+    assert len(cost["changes"]) == len(changes(work, ASSUMED)) - 2
     with pytest.raises(ConfigError, match=r"--assume gpu_share: leave it out; benchmark.json has the seconds of a GPU"):
         predict_cost(result("cuda"), "benchmark.json", {"gpu_share": 0.4})
 
@@ -270,9 +270,13 @@ def test_changes_do_what_their_names_say() -> None:
     assert all(changed[name]["seconds"] < runs[512]["seconds"] for name in list(changed)[:6])
     assert changed["spot: 0.4 of the price, a node lost each day"]["seconds"] > runs[512]["seconds"]
     paying = cost["pays_up_to"]
-    efficiency = {run["gpus"]: run["efficiency"] for run in predict_runs(MEASURED, Assumptions.of({}), (1,))}
-    assert efficiency == {1: 1}
     assert paying == max(count for count in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if pays(count))
+
+
+def test_a_batch_is_not_made_larger_than_the_data() -> None:
+    assert "4 times the batch *" in changes(work_of(MEASURED, ASSUMED), ASSUMED)
+    small = predict_cost(result(), "benchmark.json", {"images": 399})
+    assert "4 times the batch *" not in [row["change"] for row in small["changes"]]
 
 
 def pays(count: int) -> bool:

@@ -348,10 +348,10 @@ def predict_runs(measured: Measured, assumed: Assumptions, counts: Sequence[int]
     return [run | {"efficiency": alone / (run["seconds"] * run["gpus"])} for run in runs]
 
 
-def changes(batch_size: int, assumed: Assumptions) -> dict[str, dict[str, float]]:
+def changes(work: Work, assumed: Assumptions) -> dict[str, dict[str, float]]:
     """What one could change, by name, as assumptions. Those with a star train another model."""
-    return {
-        "4 times the batch *": {"batch_size": 4.0 * batch_size},
+    larger = {"4 times the batch *": {"batch_size": 4.0 * work.batch_size}}
+    return (larger if 4 * work.batch_size <= work.images else {}) | {
         "8 steps between all-reduces: local SGD *": {"sync_every": 8 * assumed.sync_every},
         "gradients sent in bf16": {"gradient_share": assumed.gradient_share / 2},
         "messages without latency: a tree at best": {"nvlink_latency": 0, "network_latency": 0},
@@ -400,7 +400,7 @@ def predict_cost(result: Mapping[str, Any], name: str, values: Mapping[str, floa
     runs = predict_runs(measured, assumed, GPUS)
     most = runs[-1]["gpus"]
     changed = []
-    for change, different in changes(work.batch_size, assumed).items():
+    for change, different in changes(work, assumed).items():
         if not (measured.on_gpu and OF_NO_GPU & different.keys()):
             (run,) = predict_runs(measured, replace(assumed, **different), [most])
             keys = ("seconds", "usd", "efficiency", "limit", "serial")
