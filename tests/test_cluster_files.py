@@ -232,6 +232,9 @@ def test_claims_and_services_that_are_named_exist() -> None:
     assert made == {("cifar-token", "auth_token"), ("cifar-api-keys", "keys"), ("cifar-redis", "password")}
     assert set(re.findall(r"secretName: ([\w-]+)", text)) <= {name for name, _ in made}
     assert resource("Service")["spec"]["selector"] == resource("StatefulSet")["spec"]["selector"]["matchLabels"]
+    # KubeRay names the head's Service after either.
+    assert resource("RayService")["metadata"]["name"] != resource("RayCluster")["metadata"]["name"]
+    assert f"http://{resource('RayService')['metadata']['name']}-serve-svc:8000/" in text
     for document in (document for _, document in DOCUMENTS if document["kind"] == "RayJob"):
         assert document["spec"]["clusterSelector"] == {"ray.io/cluster": resource("RayCluster")["metadata"]["name"]}
 
