@@ -22,10 +22,10 @@ def measure(flags: Benchmark) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.benchmark.run import benchmark
     from cifar.benchmark.show import show
-    from cifar.data.prepared import join, write_file
+    from cifar.data.prepared import absolute, join, write_file
 
     result = benchmark(flags)
-    output = join(flags.output, "benchmark.json")
+    output = join(absolute(flags.output), "benchmark.json")
     write_file(output, (json.dumps(result, indent=1) + "\n").encode())
     show(result)
     print(f"numbers: {output}")
