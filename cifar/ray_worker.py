@@ -24,10 +24,11 @@ from ray.train.collective import broadcast_from_rank_zero
 from cifar.config import ConfigError, RunFailed
 from cifar.context import Context
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
-from cifar.data.prepared import Arrays
+from cifar.data.prepared import MANIFEST, Arrays
 from cifar.data.shares import share
 from cifar.data.stream import ray_stream
 from cifar.machine import usable_cpus
+from cifar.probe import require_seen
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
@@ -42,6 +43,9 @@ class RayContext:
     def __init__(self, job: Job):
         # torch imports this (0.9 s) when the first optimizer is made; let it load while the data is copied.
         threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
+        require_seen(job.run_path, "config.json", "--storage")
+        if job.train is None:
+            require_seen(job.prepared.path, MANIFEST, "$CIFAR_CACHE")
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
         use_gpu = bool(ray.get_gpu_ids())

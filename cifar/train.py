@@ -16,6 +16,7 @@ from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
 from cifar.data.prepared import absolute, join
 from cifar.data.shares import num_batches
+from cifar.probe import other_nodes, probe, probe_source
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
 
@@ -50,6 +51,7 @@ def fit(config: Config) -> Run:
     Ray is started, or joined at $RAY_ADDRESS, unless `--workers 0`. Raises ConfigError for what the user can mend,
     before anything is trained, and RunFailed.
     """
+    probe(config.run.storage, "--storage")
     in_process = config.run.workers == "0"
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
     config = config.with_batch_size(prepared.counts["train"])
@@ -99,8 +101,12 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), nodes)
     logger.info("%s", plan)
-    run_dir.open(config, prepared)
     resident = plan.loader == "resident"
+    if others := other_nodes():
+        probe(config.run.storage, "--storage", others)
+        if not resident:
+            probe_source(prepared.path, "$CIFAR_CACHE", others)
+    run_dir.open(config, prepared)
     job = Job(
         config=config,
         prepared=prepared,
