@@ -1,7 +1,9 @@
 """Whether a folder or URI can be used where a job needs it, found out before anything is computed."""
 
+import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from cifar.config import ConfigError
@@ -32,11 +34,12 @@ def other_nodes() -> list[str]:
 def probe(path: str, flag: str, nodes: Sequence[str] = ()) -> None:
     """Write a small file to a folder or URI, read it back and delete it; the same from each of Ray's `nodes`, by id.
 
-    What one process writes, all others have to see. ConfigError names the flag, the node and the remedy.
+    What one process writes, all others have to see. Nothing is left behind. ConfigError names the flag, the node and the remedy.
     """
     path = absolute(path)
     token = f".probe-{uuid.uuid4().hex}"
     answers = {node: f"{token}-{number}" for number, node in enumerate(nodes)}
+    made = "://" not in path and not os.path.exists(path)
     problem, problems = _use(path, token), {}
     try:
         if not problem:
@@ -46,6 +49,9 @@ def probe(path: str, flag: str, nodes: Sequence[str] = ()) -> None:
                 problems[node] = f"writes files there that this process does not see; {SHARED}"
     finally:
         undeleted = [_delete(path, name) for name in (token, *answers.values())]
+        if made:
+            with suppress(OSError):
+                os.rmdir(path)
     if problem := problem or undeleted[0]:
         raise ConfigError(f"{flag} {path}: {problem}")
     _refuse(f"{flag} {path}", problems)
@@ -130,11 +136,11 @@ def _ask(question: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, str]
 
 
 def _refuse(what: str, problems: dict[str, str]) -> None:
-    import ray
-
     bad = {node: problem for node, problem in problems.items() if problem}
     if not bad:
         return
+    import ray
+
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     node, problem = next(iter(bad.items()))
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""

@@ -15,9 +15,10 @@ from cifar.probe import other_nodes, probe, probe_source, require_seen
 from tests.processes import wait_for
 
 
-def test_a_folder_that_can_be_used_passes_and_is_left_empty(tmp_path: Path) -> None:
+def test_a_folder_that_can_be_used_passes_and_nothing_is_left(tmp_path: Path) -> None:
+    probe(str(tmp_path), "--storage")
     probe(str(tmp_path / "new"), "--storage")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
