@@ -1,12 +1,14 @@
 """Whether a folder or URI can be used where a job needs it, found out before anything is computed."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from cifar.config import ConfigError
+from cifar.config import ConfigError, RunFailed
 from cifar.data.prepared import absolute, exists, filesystem, join, read_file, write_file
 
 SHARED = "name a folder that all nodes share, or an s3:// or gs:// URI"
@@ -34,7 +36,8 @@ def other_nodes() -> list[str]:
 def probe(path: str, flag: str, nodes: Sequence[str] = ()) -> None:
     """Write a small file to a folder or URI, read it back and delete it; the same from each of Ray's `nodes`, by id.
 
-    What one process writes, all others have to see. Nothing is left behind. ConfigError names the flag, the node and the remedy.
+    What one process writes, all others have to see. Nothing is left behind. ConfigError names the flag, the node and
+    the remedy.
     """
     path = absolute(path)
     token = f".probe-{uuid.uuid4().hex}"
@@ -67,6 +70,16 @@ def require_seen(path: str, name: str, flag: str) -> None:
     """ConfigError unless this process, of a node that may have come late, sees a file that its job has written."""
     if not exists(join(path, name)):
         raise ConfigError(f"{flag} {path}: {_where()} does not see what the job wrote there; {SHARED}")
+
+
+def require_room(path: str, folder: Path) -> None:
+    """RunFailed unless what is in a local folder fits on the disk of `path`; of a URI nothing is known."""
+    need = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if "://" not in path and (free := shutil.disk_usage(path).free) < need:
+        raise RunFailed(
+            f"{path}: no space left for a checkpoint of {need / 2**20:.1f} MiB ({free / 2**20:.1f} MiB are free); "
+            "free some and give the same command again, which goes on from the last checkpoint"
+        )
 
 
 def _use(path: str, name: str, expected: str = "") -> str:

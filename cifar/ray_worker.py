@@ -28,7 +28,7 @@ from cifar.data.prepared import MANIFEST, Arrays
 from cifar.data.shares import share
 from cifar.data.stream import ray_stream
 from cifar.machine import usable_cpus
-from cifar.probe import require_seen
+from cifar.probe import require_room, require_seen
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
@@ -59,6 +59,9 @@ class RayContext:
             self._join("nccl" if use_gpu else "gloo")
         found = ray.train.get_checkpoint()
         self.checkpoint = Path(found.to_directory(tempfile.mkdtemp(prefix="cifar-resume-"))) if found else None
+        if self.checkpoint is not None:
+            require_room(job.run_path, self.checkpoint)  # else each restart would train until the next one
+        self._run_path = job.run_path
         self._watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
         self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
         self._writer = ThreadPoolExecutor(1)
@@ -79,6 +82,8 @@ class RayContext:
         dist.init_process_group(backend, init_method=address, rank=self.rank, world_size=self.world_size)
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            require_room(self._run_path, checkpoint)
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(str(checkpoint)) if checkpoint else None,

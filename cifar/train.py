@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from cifar.cluster import Plan, make_plan, start_ray
 from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
-from cifar.data.prepared import absolute, join
+from cifar.data.prepared import absolute, filesystem, join
+from cifar.data.remote import WholeFiles
 from cifar.data.shares import num_batches
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.progress import Mailbox, watch
@@ -130,6 +133,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     from cifar.ray_job import run_worker
 
     resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
+    files, root = filesystem(run_dir.path)
     trainer = LeanTrainer(
         run_worker,
         train_loop_config={"job": job},
@@ -140,7 +144,8 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            storage_path=run_dir.path,
+            storage_path=root,
+            storage_filesystem=files if "://" in run_dir.path else fs.PyFileSystem(WholeFiles()),
             name="checkpoints",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),

@@ -78,7 +78,8 @@ def execute(
         searching = {}
     recorder = Recorder(ledger, explain_stop, release=bool(job.plan.workers))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), job.plan.resources)
-    with scratch(job) as storage, environment(job.config.run.verbose):
+    with scratch(job) as scratched, environment(job.config.run.verbose):
+        files, storage = filesystem(scratched)
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": space} if space else None,
@@ -95,6 +96,7 @@ def execute(
             ),
             run_config=tune.RunConfig(
                 storage_path=storage,
+                storage_filesystem=files if "://" in scratched else None,
                 name="tune",
                 verbose=0,
                 callbacks=[recorder],
