@@ -66,7 +66,7 @@ class FlakyS3:
                 client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             lines = [line for line in lines if not line.lower().startswith((b"expect:", b"connection:"))]
             if fields.get(b"transfer-encoding") == b"chunked":
-                while not body.endswith(b"0\r\n\r\n") and b"\r\n0\r\n" not in body[-4096:]:
+                while not body.endswith(b"\r\n0\r\n\r\n"):
                     body += client.recv(1 << 20) or self._gone()
             while len(body) < int(fields.get(b"content-length", 0)):
                 body += client.recv(1 << 20) or self._gone()
