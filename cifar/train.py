@@ -145,7 +145,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         ),
         run_config=RunConfig(
             storage_path=root,
-            storage_filesystem=files if "://" in run_dir.path else fs.PyFileSystem(WholeFiles()),
+            storage_filesystem=fs.PyFileSystem(WholeFiles()) if isinstance(files, fs.LocalFileSystem) else files,
             name="checkpoints",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
