@@ -50,6 +50,10 @@ class Display(Terminal):
             )
         self._shown = max(self._shown, len(rows))
 
+    def notice(self, text: str) -> None:
+        """Print a line of a worker's."""
+        self._console.print(text, markup=False)
+
     def progress(self, values: dict[str, Any]) -> None:
         """Redraw the line of the running epoch."""
         if self._live is None:
@@ -91,7 +95,7 @@ class Mailbox:
     def clear(self) -> None:
         from ray.experimental import internal_kv
 
-        for kind in ("history", "progress"):
+        for kind in ("history", "progress", "notice"):
             internal_kv._internal_kv_del(self._key + kind.encode())
 
 
@@ -100,9 +104,14 @@ def watch(mailbox: Mailbox, waiting: Callable[[float], str | None]) -> Iterator[
     """Show what arrives in the mailbox until the block ends; before anything does, what `waiting(seconds)` says."""
     mailbox.clear()
     done = threading.Event()
+    noticed = ""
 
     def show(display: Display) -> None:
-        progress, history = mailbox.get("progress"), mailbox.get("history")
+        nonlocal noticed
+        progress, history, notice = (mailbox.get(kind) for kind in ("progress", "history", "notice"))
+        if notice and notice != noticed:
+            noticed = notice
+            display.notice(notice)
         if history:
             display.history(history)
         if progress:

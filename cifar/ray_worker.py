@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import logging
 import os
 import shutil
 import socket
@@ -37,6 +38,17 @@ from cifar.worker import train_worker
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
+class Notices(logging.Handler):
+    """Takes what is logged here, where nobody reads it, to the driver's terminal."""
+
+    def __init__(self, run: str):
+        super().__init__(logging.WARNING)
+        self._mailbox = Mailbox(run)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._mailbox.put("notice", record.getMessage())
+
+
 class RayContext:
     """`cifar.context.Context` on Ray Train."""
 
@@ -63,6 +75,7 @@ class RayContext:
             require_room(job.run_path, self.checkpoint)  # else each restart would train until the next one
         self._run_path = job.run_path
         self._watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+        logging.getLogger("cifar.data.remote").addHandler(Notices(job.run_path))
         self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None

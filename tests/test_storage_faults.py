@@ -1,14 +1,17 @@
 """Storage that fails now and then costs no data and no run; storage that stays away, or is full, one clear error."""
 
 import errno
+import io
 import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -16,6 +19,7 @@ from urllib.parse import unquote
 import pytest
 from pyarrow import fs
 
+from cifar.cli import run_job
 from cifar.config import RunFailed
 from cifar.data import remote
 from cifar.data.prepared import filesystem, join, read_file, write_file
@@ -90,7 +94,7 @@ def test_what_passes_is_repeated_after_growing_waits(error: str, clock: Clock) -
     ],
 )
 def test_what_stays_is_said_at_once(error: str, clock: Clock) -> None:
-    with pytest.raises(OSError, match=error[:20].replace("[", r"\[")):
+    with pytest.raises(OSError, match=re.escape(error)):
         persist("s3://b/x", failing(error))
     assert clock.waits == []
 
@@ -140,21 +144,30 @@ def test_a_list_of_checkpoints_outlives_a_full_disk(tmp_path: Path, monkeypatch:
     files, path = fs.PyFileSystem(pickle.loads(pickle.dumps(WholeFiles()))), tmp_path / "snapshot.json"
     with files.open_output_stream(str(path)) as stream:
         stream.write(b"old")
-    opened = open
 
-    def on_a_full_disk(*arguments: object, **options: object) -> object:
-        file = opened(*arguments, **options)  # type: ignore[call-overload]
-
-        def write(data: memoryview) -> int:
+    class FullDisk(io.FileIO):
+        def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        return SimpleNamespace(write=write, close=file.close, closed=False, tell=file.tell)
-
-    monkeypatch.setattr(remote, "open", on_a_full_disk, raising=False)
+    monkeypatch.setattr(remote, "open", lambda path, *_, **__: FullDisk(path, "w"), raising=False)
     with pytest.raises(OSError, match="No space left"), files.open_output_stream(str(path)) as stream:
         stream.write(b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_line_and_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Flags:
+        pass
+
+    def job(flags: Flags) -> dict[str, object]:
+        """Help."""
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/r/metrics.jsonl")
+
+    assert run_job(job, Flags, []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("failed: [Errno 28] No space left on device: '/runs/r/metrics.jsonl'; free some space")
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_copied(

@@ -237,6 +237,8 @@ def exists(path: str) -> bool:
     files, root = filesystem(path)
     try:
         return files.get_file_info(root).type != fs.FileType.NotFound
+    except StorageFailed:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); check its address and your access") from error
 

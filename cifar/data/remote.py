@@ -82,7 +82,7 @@ def persist(name: str, request: Callable[[], T], lost: Callable[[], T] | None = 
         time.sleep(wait * random.uniform(0.5, 1.0))
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
     if said:
-        logger.info("storage %s answers again, after %.0f s", name, time.monotonic() - started_at)
+        logger.warning("storage %s answers again, after %.0f s", name, time.monotonic() - started_at)
     return answer
 
 
