@@ -25,6 +25,7 @@ default. Every job gets `--json`.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -58,7 +59,7 @@ def run_job(
     """Parse `argv` (None: the process's), call the job, return the exit code: 0 done, 1 failed, 2 bad usage.
 
     A ConfigError, from the flags or from the job, is one line on stderr and 2; RunFailed one line and 1; any other
-    exception a traceback and 1.
+    exception a traceback and 1, but for a full disk, which is one line too.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with _log_to_stderr():
@@ -82,7 +83,11 @@ def run_job(
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                remedy = "free some space and give the same command again, which goes on"
+                print(_plain(f"failed: {error}; {remedy}"), file=sys.stderr)
+                return FAILED
             logger.exception("the job failed")
             return FAILED
     return OK

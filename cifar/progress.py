@@ -52,6 +52,10 @@ class Display(Terminal):
             )
         self._shown = max(self._shown, len(rows))
 
+    def notice(self, text: str) -> None:
+        """Print a line of a worker's."""
+        self._console.print(text, markup=False)
+
     def progress(self, values: dict[str, Any]) -> None:
         """Redraw the line of the running epoch."""
         if self._live is None:
@@ -111,11 +115,15 @@ def watch(mailbox: Mailbox, explain: Callable[[], str | None]) -> Iterator[None]
     mailbox.clear()
     done = threading.Event()
     last: Any = None
+    noticed = ""
     moved_at = looked_at = time.monotonic()
 
     def show(display: Display) -> None:
-        nonlocal last, moved_at, looked_at
-        progress, history = mailbox.get("progress"), mailbox.get("history")
+        nonlocal last, moved_at, looked_at, noticed
+        progress, history, notice = (mailbox.get(kind) for kind in ("progress", "history", "notice"))
+        if notice and notice != noticed:
+            noticed = notice
+            display.notice(notice)
         if history:
             display.history(history)
         if progress:

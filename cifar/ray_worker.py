@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib
+import logging
 import os
 import shutil
 import socket
@@ -24,10 +25,11 @@ from ray.train.collective import broadcast_from_rank_zero
 from cifar.config import ConfigError, RunFailed
 from cifar.context import Context
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
-from cifar.data.prepared import Arrays
+from cifar.data.prepared import MANIFEST, Arrays
 from cifar.data.shares import share
 from cifar.data.stream import ray_stream
 from cifar.machine import usable_cpus
+from cifar.probe import require_room, require_seen
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
@@ -37,12 +39,26 @@ from cifar.worker import train_worker
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
+class Notices(logging.Handler):
+    """Takes what is logged here, where nobody reads it, to the driver's terminal."""
+
+    def __init__(self, run: str):
+        super().__init__(logging.WARNING)
+        self._mailbox = Mailbox(run)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._mailbox.put("notice", record.getMessage())
+
+
 class RayContext:
     """`cifar.context.Context` on Ray Train."""
 
     def __init__(self, job: Job):
         # torch imports this (0.9 s) when the first optimizer is made; let it load while the data is copied.
         threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
+        require_seen(job.run_path, "config.json", "--storage")
+        if job.train is None:
+            require_seen(job.prepared.path, MANIFEST, "$CIFAR_CACHE")
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
         self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
@@ -61,7 +77,11 @@ class RayContext:
         self.doing("loading data and checkpoint")
         found = ray.train.get_checkpoint()
         self.checkpoint = Path(found.to_directory(tempfile.mkdtemp(prefix="cifar-resume-"))) if found else None
+        if self.checkpoint is not None:
+            require_room(job.run_path, self.checkpoint)  # else each restart would train until the next one
+        self._run_path = job.run_path
         self._watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
+        logging.getLogger("cifar.data.remote").addHandler(Notices(job.run_path))
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
@@ -80,6 +100,8 @@ class RayContext:
         dist.init_process_group(backend, init_method=address, rank=self.rank, world_size=self.world_size)
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            require_room(self._run_path, checkpoint)
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(str(checkpoint)) if checkpoint else None,

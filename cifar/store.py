@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 
 from cifar.config import ConfigError
 from cifar.data.prepared import absolute, exists, filesystem, join, read_file, read_object, write_file
+from cifar.data.remote import StorageFailed
 from cifar.model_dir import load_model
 from cifar.run_dir import local_model
 
@@ -284,12 +285,16 @@ class Store:
         """What is in a folder; nothing if it is not there."""
         try:
             return self._files.get_file_info(fs.FileSelector(folder, recursive=recursive, allow_not_found=True))
+        except StorageFailed:
+            raise
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be listed ({error}); check its address and your access") from error
 
     def _write(self, file: str, data: bytes) -> None:
         try:
             write_file(join(self.path, file), data)
+        except StorageFailed:
+            raise
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error}); check its address and your access") from error
 

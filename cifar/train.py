@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from cifar.autoscaler import cluster_nodes
 from cifar.cluster import Plan, make_plan, start_ray
 from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
-from cifar.data.prepared import absolute, join
+from cifar.data.prepared import absolute, filesystem, join
+from cifar.data.remote import WholeFiles
 from cifar.data.shares import num_batches
+from cifar.probe import other_nodes, probe, probe_source
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
 from cifar.waiting import Request, Watchdog, unplaced_group
@@ -51,6 +55,7 @@ def fit(config: Config) -> Run:
     Ray is started, or joined at $RAY_ADDRESS, unless `--workers 0`. Raises ConfigError for what the user can mend,
     before anything is trained, and RunFailed.
     """
+    probe(config.run.storage, "--storage")
     in_process = config.run.workers == "0"
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
     config = config.with_batch_size(prepared.counts["train"])
@@ -97,8 +102,12 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
 
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_nodes())
     logger.info("%s", plan)
-    run_dir.open(config, prepared)
     resident = plan.loader == "resident"
+    if others := other_nodes():
+        probe(config.run.storage, "--storage", others)
+        if not resident:
+            probe_source(prepared.path, "$CIFAR_CACHE", others)
+    run_dir.open(config, prepared)
     job = Job(
         config=config,
         prepared=prepared,
@@ -123,6 +132,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import run_worker
 
+    files, root = filesystem(run_dir.path)
     trainer = LeanTrainer(
         run_worker,
         train_loop_config={"job": job},
@@ -133,7 +143,8 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
             resources_per_worker=plan.resources,
         ),
         run_config=RunConfig(
-            storage_path=run_dir.path,
+            storage_path=root,
+            storage_filesystem=fs.PyFileSystem(WholeFiles()) if isinstance(files, fs.LocalFileSystem) else files,
             name="checkpoints",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),

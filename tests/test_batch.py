@@ -364,7 +364,7 @@ def test_a_second_process_is_refused_while_the_first_writes(
         (["--input", "notes.txt"], "--input notes.txt: not an image; name an image"),
         (["--input", "odd.parquet"], "odd.parquet: needs a column img or image; it has a"),
         (["--input", "torn.parquet"], "torn.parquet: not a readable Parquet file"),
-        (["--input", "in", "--output", "notes.txt"], "notes.txt: cannot be made"),
+        (["--input", "in", "--output", "notes.txt"], "notes.txt: cannot be written"),
         (["--input", "in", "--output", "in/out"], "--output in/out: lies in --input in"),
         (["--input", "in/000.png", "--output", "in"], "would replace the image"),
         (["--input", "in", "--device", "nonsense"], "--device nonsense"),

@@ -17,7 +17,7 @@ MODULES = {
 LAYERS = [
     {"config", "context", "machine", "statistics", "waiting"},
     {"augment", "models", "optim", "metrics", "selection"},
-    {"data", "loop", "model_dir"},
+    {"data", "loop", "model_dir", "probe"},
     {"autoscaler", "cluster", "local_nodes", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},

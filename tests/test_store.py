@@ -306,7 +306,11 @@ def test_an_s3_bucket_is_a_store_too(folder: str, s3_server: str, run: Path) -> 
 
 @pytest.mark.slow
 def test_storage_that_refuses_is_one_clear_error(
-    s3_server: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    s3_server: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nobody = "?endpoint_override=http%3A%2F%2F127.0.0.1%3A9&scheme=http"
     (tmp_path / "file").write_text("")
@@ -320,5 +324,6 @@ def test_storage_that_refuses_is_one_clear_error(
         shown = capsys.readouterr().err
         assert message in shown
         assert "Traceback" not in shown
+    monkeypatch.setattr("cifar.data.remote.PATIENCE_SECONDS", 1.0)
     with pytest.raises(ConfigError, match="cannot be read"), find_model(f"s3://bucket/x{nobody}", str(tmp_path)):
         pass

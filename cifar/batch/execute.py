@@ -16,6 +16,7 @@ from cifar.batch.source import Part
 from cifar.config import ConfigError, RunFailed
 from cifar.machine import usable_cpus
 from cifar.predictor import Predictor
+from cifar.probe import other_nodes, probe, probe_source
 from cifar.waiting import Request, explained, unplaced_actors
 
 # Up to here the work is done before Ray and its workers have started.
@@ -104,6 +105,9 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
     nodes = [*there, *coming]
     plan = make_plan(nodes, device, len(parts))
     logger.info("%s", plan)
+    if others := other_nodes():
+        probe(target.output, "--output", others)
+        probe_source(parts[0].source, "--input", others)
     files = ray.put({file.name: file.read_bytes() for file in model.iterdir() if file.is_file()})
     rows = [{"part": pickle.dumps(part)} for part in parts]
     parts_of_rows = ray.data.from_items(rows, override_num_blocks=len(rows))

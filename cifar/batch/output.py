@@ -36,11 +36,8 @@ class Output:
     @contextmanager
     def claim(self, job: dict[str, Any]) -> Iterator[None]:
         """Make it this job's for as long as the block runs; ConfigError if it is, or holds, that of another."""
-        try:
-            if isinstance(self._files, fs.LocalFileSystem):
-                self._files.create_dir(self._root)
-        except OSError as error:
-            raise ConfigError(f"--output {self.path}: cannot be made ({error}); name another folder") from error
+        if isinstance(self._files, fs.LocalFileSystem):
+            self._files.create_dir(self._root)
         with locked(self.path, f"another process writes its predictions here; wait, or {_REMEDY}"):
             finished = self.manifest()
             found = finished.get("job", {}) if finished else self._read(_JOB)

@@ -22,6 +22,7 @@ from cifar.data.prepared import absolute, join, read_file, write_file
 from cifar.data.sources import listing_key
 from cifar.model_dir import load_model
 from cifar.predictor import Answer, Predictor
+from cifar.probe import probe
 from cifar.report import write_report
 from cifar.report.picture import captioned
 from cifar.run_dir import writable
@@ -73,6 +74,7 @@ def predict_all(
     """
     if inside(config.output, config.input) or inside(config.input, join(config.output, "predictions")):
         raise ConfigError(f"--output {config.output}: lies in --input {config.input}; name a folder elsewhere")
+    probe(config.output, "--output")
     model = load_model(found.folder)
     listing = list_rows(config.input, model.info.classes)
     parts = plan_parts(listing, model.info.config.data, len(model.info.classes))

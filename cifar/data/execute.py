@@ -82,6 +82,11 @@ def _on_ray(chunks: list[Chunk]) -> Iterator[Summary]:
     """Tasks of Ray Data, a chunk each. Pixels go to the part files; only summaries cross the object store."""
     import ray.data
 
+    from cifar.probe import other_nodes, probe, probe_source  # not above: it imports this package
+
+    if others := other_nodes():
+        probe(chunks[0].target, "$CIFAR_CACHE", others)
+        probe_source(chunks[0].source, "--data", others)
     items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     answers = ray.data.from_items(items, override_num_blocks=len(items)).map(_convert_row)
     for answer in answers.iter_rows():

@@ -34,6 +34,7 @@ from cifar.data.prepared import (
     read_file,
     write_file,
 )
+from cifar.data.remote import StorageFailed
 from cifar.data.rows import Rows, plan_chunks, read_rows
 from cifar.data.sources import Source, content_key, find, listing_key
 from cifar.data.splits import TEST, TRAIN
@@ -63,6 +64,8 @@ def prepare(config: DataConfig, start_ray: Callable[[], object] = lambda: None) 
             _check_bad(prepared.quarantine(), prepared.quarantined, total, config)
             where = join(prepared.path, QUARANTINE)
             logger.warning("%d of %d rows are bad and left out, see %s", prepared.quarantined, total, where)
+    except StorageFailed:
+        raise
     except OSError as error:
         raise ConfigError(f"$CIFAR_CACHE {cache_folder()}: {error}; name a folder with room to write") from error
     return replace(prepared, source=source.name)

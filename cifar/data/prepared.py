@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cifar.config import ConfigError
+from cifar.data.remote import StorageFailed, open_store
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -221,7 +222,9 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     if "://" not in path:
         return fs.LocalFileSystem(), absolute(path)
     try:
-        files, root = fs.FileSystem.from_uri(path)
+        files, root = open_store(path)
+    except StorageFailed:
+        raise
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ConfigError(f"{path}: cannot be opened ({error}); use a path or an s3:// or gs:// URI") from error
     return files, root.rstrip("/")
@@ -245,6 +248,8 @@ def exists(path: str) -> bool:
     files, root = filesystem(path)
     try:
         return files.get_file_info(root).type != fs.FileType.NotFound
+    except StorageFailed:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error}); check its address and your access") from error
 

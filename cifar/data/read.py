@@ -12,6 +12,7 @@ from pyarrow import fs
 from cifar.config import ConfigError
 from cifar.data.decode import EMPTY, FILE_TOO_LARGE, MAX_BYTES, BadImage
 from cifar.data.prepared import filesystem, join
+from cifar.data.remote import StorageFailed
 
 _READ_BYTES = 16 << 20
 _READ_THREADS = 16
@@ -40,6 +41,8 @@ def read_piece(piece: Piece) -> Iterator[tuple[str, str, bytes | BadImage]]:
     """Id, path and bytes of each row, in bounded memory; ConfigError when a Parquet file cannot be read."""
     try:
         yield from _file_rows(piece) if piece.column is None else _parquet_rows(piece, piece.column)
+    except StorageFailed:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{piece.source}: cannot be read: {error}") from error
 

@@ -85,10 +85,11 @@ def execute(
     each = {"CPU": plan.cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
     request = Request(name="workers" if plan.workers else "trial", count=max(plan.workers, 1), each=each, remedy=REMEDY)
     with (
-        scratch(job) as storage,
+        scratch(job) as scratched,
         environment(job.config.run.verbose),
         explained(partial(unplaced_group, request)) as recorder.moved,
     ):
+        files, storage = filesystem(scratched)
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": space} if space else None,
@@ -105,6 +106,7 @@ def execute(
             ),
             run_config=tune.RunConfig(
                 storage_path=storage,
+                storage_filesystem=files if "://" in scratched else None,
                 name="tune",
                 verbose=0,
                 callbacks=[recorder],

@@ -19,6 +19,7 @@ from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
 from cifar.data.prepared import absolute, join, read_file, read_object, write_file
 from cifar.machine import usable_cpus
+from cifar.probe import other_nodes, probe, probe_source
 from cifar.ray_job import Blocks
 from cifar.run_dir import SWEEP_CONFIG, locked
 from cifar.train import prepare_while_ray_starts
@@ -74,6 +75,9 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
         logger.info("  %s", line)
     for name in fixed:
         logger.info("  %s is not searched, since a flag gives it", name)
+    probe(config.run.storage, "--storage")
+    if tune.publish != "none":
+        probe(tune.store, "--store")
     prepared = prepare_while_ray_starts(config)
     minutes, config = config.train.max_minutes, replace(config, train=replace(config.train, max_minutes=0.0))
     config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
@@ -82,6 +86,10 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming], usable_cpus())
     logger.info("%s", plan)
     path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, space, prepared))
+    if others := other_nodes():
+        probe(config.run.storage, "--storage", others)
+        if not plan.resident:
+            probe_source(prepared.path, "$CIFAR_CACHE", others)
     claim(path, config, tune, space, prepared)
     logger.info("sweep: %s", path)
     with locked_sweep(path):

@@ -13,11 +13,12 @@ from ray import tune
 
 from cifar.cluster import Plan
 from cifar.config import Config, ConfigError, RunFailed
-from cifar.data.prepared import Prepared, join
+from cifar.data.prepared import Prepared, join, parent
 from cifar.data.shares import num_batches
 from cifar.local import LocalContext, Rows, train_here
+from cifar.probe import require_seen
 from cifar.ray_job import Blocks, Job
-from cifar.run_dir import RunDir
+from cifar.run_dir import SWEEP_CONFIG, RunDir
 from cifar.train import train_on_ray
 from cifar.tune.plan import SweepPlan
 from cifar.tune.space import Space, apply
@@ -66,6 +67,7 @@ def run_trial(config: dict[str, Any], job: SweepJob) -> None:
     if job.changing:
         key = job.changing[int(tune.get_context().get_trial_id().rpartition("_")[2])]
     try:
+        require_seen(parent(job.path), SWEEP_CONFIG, "--storage")
         settings = apply(job.config, job.space, setting["values"])
         if setting["seed"] is not None:
             settings = replace(settings, train=replace(settings.train, seed=setting["seed"]))
