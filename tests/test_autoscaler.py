@@ -23,6 +23,10 @@ CONFIG: dict[str, Any] = {
         "gpu": {"resources": GPU},
     },
 }
+TWO_GPUS = CONFIG | {
+    "max_workers": 8,
+    "available_node_types": CONFIG["available_node_types"] | {"gpu": {"resources": GPU, "max_workers": 2}},
+}
 
 
 def sizes(nodes: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -31,14 +35,12 @@ def sizes(nodes: list[dict[str, float]]) -> list[tuple[float, float]]:
 
 def test_an_empty_cluster_may_add_all_up_to_its_limit_gpus_first() -> None:
     assert sizes(coming_nodes(CONFIG, [HEAD])) == [(8, 1)] * 5
-    types = CONFIG["available_node_types"] | {"gpu": {"resources": GPU, "max_workers": 2}}
-    config = CONFIG | {"max_workers": 8, "available_node_types": types}
-    assert sizes(coming_nodes(config, [HEAD])) == [(8, 1)] * 2 + [(16, 0)] * 3
+    assert sizes(coming_nodes(TWO_GPUS, [HEAD])) == [(8, 1)] * 2 + [(16, 0)] * 3
 
 
 def test_nodes_that_are_there_do_not_come_again() -> None:
     there = [HEAD, {"CPU": 8.0, "GPU": 1.0, "object_store_memory": 9e9}, {"CPU": 16.0}]
-    assert sizes(coming_nodes(CONFIG | {"max_workers": 9}, there)) == [(8, 1)] + [(16, 0)] * 2
+    assert sizes(coming_nodes(TWO_GPUS, there)) == [(8, 1)] + [(16, 0)] * 2
     assert coming_nodes(CONFIG | {"max_workers": 2}, there) == []
 
 
