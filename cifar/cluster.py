@@ -29,6 +29,11 @@ def start_ray(verbose: bool) -> None:
     for name, value in TRAIN_ENV.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: that is where jobs are submitted; run `ray job submit --working-dir . -- python "
+            f"jobs/...`, or unset it to stay on this machine"
+        )
     if not verbose:
         # Before ray.init, which logs through it; a warning of Ray's own about its set-up is no news to our user.
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -72,6 +77,11 @@ class Plan:
     @property
     def elastic(self) -> bool:
         return self.min_workers != self.max_workers
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one worker, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpus_per_worker else {})
 
     def __str__(self) -> str:
         count = f"{self.min_workers} to {self.max_workers}" if self.elastic else str(self.max_workers)

@@ -21,6 +21,10 @@ class Context(Protocol):
         """Whether a node of this run will be taken away; all workers call it equally often."""
         ...
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        """Note where this worker is, for whoever asks why nothing moves; cheap. `waits`: for the other workers."""
+        ...
+
     def progress(self, values: dict[str, Any]) -> None:
         """Show where the run is; rank 0 only, cheap, may be dropped."""
         ...

@@ -100,6 +100,9 @@ class LocalContext:
     def preempted(self) -> bool:
         return False
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        pass  # nobody waits for this worker
+
     def progress(self, values: dict[str, Any]) -> None:
         if self.display is not None:
             self.display.progress(values)

@@ -31,6 +31,7 @@ from cifar.machine import usable_cpus
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
+from cifar.waiting import Pulse
 from cifar.worker import train_worker
 
 SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -44,6 +45,9 @@ class RayContext:
         threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
+        self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
+        put = partial(self._mailbox.put, f"beat-{self.rank}")
+        self._pulse = Pulse(put, self.world_size, ray.util.get_node_ip_address())
         use_gpu = bool(ray.get_gpu_ids())
         if use_gpu and not torch.cuda.is_available():
             raise RunFailed(
@@ -52,11 +56,12 @@ class RayContext:
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         torch.set_num_threads(max(usable_cpus() // place.get_local_world_size(), 1))
         if self.world_size > 1:
+            self.doing("joining the other workers", waits=True)
             self._join("nccl" if use_gpu else "gloo")
+        self.doing("loading data and checkpoint")
         found = ray.train.get_checkpoint()
         self.checkpoint = Path(found.to_directory(tempfile.mkdtemp(prefix="cifar-resume-"))) if found else None
         self._watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
-        self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
@@ -85,6 +90,9 @@ class RayContext:
     def preempted(self) -> bool:
         return self._watches_preemption and ray.train.get_preemption_info() is not None
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        self._pulse.doing(what, waits)
+
     def progress(self, values: dict[str, Any]) -> None:
         self._mailbox.put("progress", values)
 
@@ -100,6 +108,7 @@ class RayContext:
             self._written.result()
 
     def close(self) -> None:
+        self._pulse.close()
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         if dist.is_initialized():

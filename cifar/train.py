@@ -6,9 +6,10 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cifar.autoscaler import cluster_nodes
@@ -19,14 +20,13 @@ from cifar.data.prepared import absolute, join
 from cifar.data.shares import num_batches
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
+from cifar.waiting import Request, Watchdog, unplaced_group
 
 if TYPE_CHECKING:
     from cifar.ray_job import Job
 
 MAX_FAILURES = 5
 """Deaths of workers that a run survives; a preempted node does not count."""
-WAITING_SECONDS = 30
-"""After so long without a step the terminal says what the run waits for."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,6 @@ def prepare_while_ray_starts(config: Config) -> Prepared:
 
 def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
     """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
-    import ray
-
     from cifar.ray_job import Blocks, Job
 
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_nodes())
@@ -108,7 +106,9 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         train=Blocks.put(prepared, "train") if resident else None,
         val=Blocks.put(prepared, "val") if resident else None,
     )
-    with run_dir.lock(), watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
+    mailbox = Mailbox(run_dir.path)
+    watchdog = Watchdog(mailbox.beats, partial(unplaced_group, request_of(plan)))
+    with run_dir.lock(), watch(mailbox, watchdog.look):
         return train_on_ray(job, plan, run_dir)
 
 
@@ -123,7 +123,6 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import run_worker
 
-    resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
     trainer = LeanTrainer(
         run_worker,
         train_loop_config={"job": job},
@@ -131,7 +130,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         scaling_config=ScalingConfig(
             num_workers=(plan.min_workers, plan.max_workers) if plan.elastic else plan.max_workers,
             use_gpu=bool(plan.gpus_per_worker),
-            resources_per_worker=resources,
+            resources_per_worker=plan.resources,
         ),
         run_config=RunConfig(
             storage_path=run_dir.path,
@@ -155,22 +154,9 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     return summary
 
 
-def waiting_for(plan: Plan, ray: Any) -> Callable[[float], str | None]:
-    """What to say to somebody who waits for the first step."""
-    said = False
-
-    def explain(seconds: float) -> str | None:
-        nonlocal said
-        if said or seconds < WAITING_SECONDS:
-            return None
-        said = True
-        free = ray.available_resources()
-        return (
-            f"no step after {seconds:.0f} s: {plan.min_workers} worker(s) want {plan.cpus_per_worker:g} CPU and "
-            f"{plan.gpus_per_worker} GPU each; free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
-        )
-
-    return explain
+def request_of(plan: Plan) -> Request:
+    fewer = f"--workers {plan.min_workers - 1}" if plan.min_workers > 1 else "--workers 0, which needs none of Ray's"
+    return Request(name="workers", count=plan.min_workers, each=plan.resources, remedy=fewer)
 
 
 def first_cause(error: BaseException) -> str:
