@@ -11,6 +11,7 @@ import yaml
 from ray.autoscaler._private.kuberay import node_provider
 
 from cifar.autoscaler import autoscaling_config, coming_nodes
+from tests.processes import wait_for
 
 HEAD = {"CPU": 0.0, "node:__internal_head__": 1.0, "object_store_memory": 3e9}
 GPU, CPU = {"CPU": 8, "GPU": 1}, {"CPU": 16}
@@ -57,7 +58,8 @@ def test_the_autoscaler_of_this_cluster_is_asked_and_no_other(tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     command = [sys.executable, "-c", "input()", "--gcs-address=10.0.0.1:6379"]
     with subprocess.Popen([*command, f"--autoscaling-config={tmp_path}/config.yaml"], stdin=subprocess.PIPE) as process:
-        assert autoscaling_config("10.0.0.1:6379") == CONFIG
+        # A process that has just begun has no command line for a moment.
+        assert wait_for(lambda: autoscaling_config("10.0.0.1:6379"), "it is found", 20) == CONFIG
         assert autoscaling_config("10.0.0.2:6379") == {}
         process.kill()
 
