@@ -81,8 +81,7 @@ def test_the_token_is_for_its_owner_alone(cluster: Isolated) -> None:
 def test_who_does_not_say_the_token_submits_and_deploys_nothing(cluster: Isolated) -> None:
     silent = {"RAY_API_SERVER_ADDRESS": TERMINAL["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_MODE": "disabled"}
     for command in ("ray job submit -- true", "serve deploy cluster/serve.yaml", "serve shutdown --yes"):
-        output = cluster.run(f"{command} && echo accepted", 60, silent, code=None)
-        assert "accepted" not in output, command
+        output = cluster.run(command, 60, silent, code=None)  # `serve shutdown` exits with 0 all the same
         assert "401" in output or "authentication is enabled" in output, output
 
 
