@@ -11,6 +11,7 @@ import yaml
 from ray.autoscaler._private.kuberay import node_provider
 
 from cifar.autoscaler import autoscaling_config, coming_nodes
+from tests.processes import wait_for
 
 HEAD = {"CPU": 0.0, "node:__internal_head__": 1.0, "object_store_memory": 3e9}
 GPU, CPU = {"CPU": 8, "GPU": 1}, {"CPU": 16}
@@ -23,6 +24,10 @@ CONFIG: dict[str, Any] = {
         "gpu": {"resources": GPU},
     },
 }
+TWO_GPUS = CONFIG | {
+    "max_workers": 8,
+    "available_node_types": CONFIG["available_node_types"] | {"gpu": {"resources": GPU, "max_workers": 2}},
+}
 
 
 def sizes(nodes: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -31,14 +36,12 @@ def sizes(nodes: list[dict[str, float]]) -> list[tuple[float, float]]:
 
 def test_an_empty_cluster_may_add_all_up_to_its_limit_gpus_first() -> None:
     assert sizes(coming_nodes(CONFIG, [HEAD])) == [(8, 1)] * 5
-    types = CONFIG["available_node_types"] | {"gpu": {"resources": GPU, "max_workers": 2}}
-    config = CONFIG | {"max_workers": 8, "available_node_types": types}
-    assert sizes(coming_nodes(config, [HEAD])) == [(8, 1)] * 2 + [(16, 0)] * 3
+    assert sizes(coming_nodes(TWO_GPUS, [HEAD])) == [(8, 1)] * 2 + [(16, 0)] * 3
 
 
 def test_nodes_that_are_there_do_not_come_again() -> None:
     there = [HEAD, {"CPU": 8.0, "GPU": 1.0, "object_store_memory": 9e9}, {"CPU": 16.0}]
-    assert sizes(coming_nodes(CONFIG | {"max_workers": 9}, there)) == [(8, 1)] + [(16, 0)] * 2
+    assert sizes(coming_nodes(TWO_GPUS, there)) == [(8, 1)] + [(16, 0)] * 2
     assert coming_nodes(CONFIG | {"max_workers": 2}, there) == []
 
 
@@ -55,7 +58,8 @@ def test_the_autoscaler_of_this_cluster_is_asked_and_no_other(tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     command = [sys.executable, "-c", "input()", "--gcs-address=10.0.0.1:6379"]
     with subprocess.Popen([*command, f"--autoscaling-config={tmp_path}/config.yaml"], stdin=subprocess.PIPE) as process:
-        assert autoscaling_config("10.0.0.1:6379") == CONFIG
+        # A process that has just begun has no command line for a moment.
+        assert wait_for(lambda: autoscaling_config("10.0.0.1:6379"), "it is found", 20) == CONFIG
         assert autoscaling_config("10.0.0.2:6379") == {}
         process.kill()
 

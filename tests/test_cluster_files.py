@@ -15,6 +15,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
@@ -118,9 +119,9 @@ def test_every_launched_node_wants_the_token_and_has_it(name: str) -> None:
     assert all(f"{variable}={value}" in head for variable, value in HEALTH.items())
 
 
-def test_the_local_cluster_has_the_token_and_the_health_checks_too() -> None:
+def test_the_local_cluster_wants_the_token_and_stays_on_this_machine() -> None:
     script = (CLUSTER / "local.sh").read_text()
-    assert all(f"{variable}={value}" in script for variable, value in (HEALTH | {"RAY_AUTH_MODE": "token"}).items())
+    assert "export RAY_AUTH_MODE=token" in script
     assert "--node-ip-address=127.0.0.1" in script
     assert f"{CLUSTER.name}/local.yaml" in script
 
@@ -150,8 +151,18 @@ def test_launched_nodes_install_what_is_locked(name: str) -> None:
     assert "uv pip sync --quiet --require-hashes" in setup
 
 
-def test_the_provider_of_local_nodes_is_there() -> None:
-    assert _get_node_provider_cls(load("local")["provider"]).__name__ == "LocalNodes"
+def test_local_nodes_have_the_memory_of_their_type_and_a_folder_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, started = load("local"), []
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    monkeypatch.setattr("ray._private.node.Node", lambda parameters, **_: started.append(parameters))
+    nodes: Any = _get_node_provider_cls(config["provider"])(config["provider"], "local")
+    resources = config["available_node_types"]["cpu"]["resources"]
+    nodes.create_node_with_resources_and_labels({}, {TAG_RAY_USER_NODE_TYPE: "cpu"}, 2, resources, {})
+    sizes = {(node.num_cpus, node.memory, node.object_store_memory) for node in started}
+    assert sizes == {(resources["CPU"], resources["memory"], resources["object_store_memory"])}
+    folders = {node.runtime_env_dir_name for node in started}
+    assert len(folders) == len(started) == 2
+    assert "runtime_resources" not in folders  # the head's
 
 
 @pytest.mark.parametrize("spec", list(ray_clusters()))
