@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from cifar.ray_job import Job
 
 MAX_FAILURES = 5
-"""Deaths of workers that a run survives; a preempted node does not count."""
+"""Deaths of workers without a checkpoint in between that a run survives; a node that gave notice does not count."""
+RESIZE_SECONDS = 20
+"""How often an elastic run looks for room for more workers; each time that it grows, it starts again for some 10 s."""
 WAITING_SECONDS = 30
 """After so long without a step the terminal says what the run waits for."""
 
@@ -132,6 +134,9 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
             num_workers=(plan.min_workers, plan.max_workers) if plan.elastic else plan.max_workers,
             use_gpu=bool(plan.gpus_per_worker),
             resources_per_worker=resources,
+            # Without GPUs workers share a node's cores: they had better not pack.
+            placement_strategy="PACK" if plan.gpus_per_worker else "SPREAD",
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             storage_path=run_dir.path,
