@@ -18,7 +18,7 @@ TRAIN_ENV = {
     # Workers die with their node some seconds before the head takes it for dead. A group that was to start on it waits
     # for this long, and is then planned anew; the default is 60 s. Only for its place: where there is one, it is given
     # at once, and where nodes are being added, the request for them stands meanwhile.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
     # How often a node's notice that it will be taken away is looked for; the default, 5 s, is a third of some notices.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
