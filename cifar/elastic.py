@@ -100,14 +100,12 @@ class Growth(ElasticScalingPolicy):
         self._latest_reserved_resources_query_time, self._latest_reserved_resources = now, None
         with contextlib.suppress(RayError):
             ask: Any = self._autoscaling_coordinator.get_reserved_resources
-            reserved = ray.get(
-                ask.remote(self._requester_id, recompute=True), timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S
-            )
+            answer = ray.get(ask.remote(self._requester_id, recompute=True), timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
+            reserved = cast(dict[str, Any], answer)
             draining = ray_state.get_draining_nodes()
             staying = {node: resources for node, resources in reserved.items() if node not in draining}
             if len(staying) < len(reserved):  # other nodes may have room for what was to go there
-                available = cast(dict[str, Any], ray_state.available_resources_per_node())
-                for node, resources in available.items():
+                for node, resources in ray_state.available_resources_per_node().items():
                     if node not in draining:
                         staying.setdefault(node, resources)
             self._latest_reserved_resources = staying

@@ -15,12 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tests.processes import wait_for
+from tests import isolated
+from tests.processes import below, wait_for
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "10.88.0"
 GCS = f"{NETWORK}.1:6379"
-NEEDED = ("unshare", "nsenter", "setpriv", "taskset", "ip", "mount")
 # How soon the head takes a silent host for dead, and a host hears of it when it can be reached again; as in `cluster/`.
 HEALTH_CHECK = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -55,12 +55,9 @@ def why_not() -> str:
     """Why hosts can't be made on this machine; empty if they can."""
     if os.geteuid() != 0:
         return "hosts need root"
-    if missing := [name for name in NEEDED if shutil.which(name) is None]:
-        return f"hosts need {', '.join(missing)} (util-linux, iproute2)"
-    tried = subprocess.run(
-        ["unshare", "-n", "ip", "link", "add", "name", "bridge", "type", "bridge"], capture_output=True
-    )
-    return f"hosts need namespaces and bridges: {tried.stderr.decode().strip()}" if tried.returncode else ""
+    if not all(shutil.which(tool) for tool in ("setpriv", "taskset")):
+        return "hosts need setpriv and taskset of util-linux"
+    return isolated.why_not()
 
 
 class Hosts:
@@ -71,6 +68,8 @@ class Hosts:
         self._cpus, self._store = cpus, store_mb << 20
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pids: dict[str, int] = {}
+        self._silent: set[str] = set()
+        self._noticed: set[str] = set()
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -85,6 +84,7 @@ class Hosts:
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
                 "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",  # hosts share this machine's cores
             }
             switch = self._spawn(["unshare", "-p", "-f", "--mount-proc", "-n", "--kill-child", "sleep", "infinity"])
@@ -102,6 +102,8 @@ class Hosts:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        for process in self._processes.values():
+            process.wait(60)
 
     def joined(self, name: str) -> int:
         """How often the host has joined the cluster."""
@@ -113,28 +115,45 @@ class Hosts:
         self._stack.callback(self._end, process)
         return process
 
+    def processes(self, name: str, title: str) -> list[int]:
+        """Ids of the host's processes whose title begins so."""
+        return below(self._pids[name], title) if name in self._pids else []
+
     def kill(self, name: str) -> None:
         """All of its processes at once; its network says that nobody listens any more."""
         os.kill(self._pids.pop(name), signal.SIGKILL)
         self._processes.pop(name).wait(60)
+        self._silent.discard(name)
+        self._noticed.discard(name)
 
     def start(self, name: str) -> None:
         """Start a host that was killed, and wait until it has joined."""
-        joined = self.joined(name)
+        before = self.joined(name)
         self._boot(name)
-        self.wait_until_joined(name, joined)
+        self.wait_until_joined(name, before)
 
     def cut(self, name: str) -> None:
         """Its link is silent from now on, in both directions."""
         self._ip(f"link set {name} down")
+        self._silent.add(name)
 
     def heal(self, name: str) -> None:
         self._ip(f"link set {name} up")
+        self._silent.discard(name)
 
     def drain(self, name: str, seconds: float) -> None:
         """Give notice that the host will be taken away; that it is, is the caller's to do."""
         command = [sys.executable, "-c", DRAIN, GCS, self._address(name), str(seconds)]
         assert self._on("head", command, env=self.env).wait(60) == 0
+        self._noticed.add(name)
+
+    def mend(self) -> None:
+        """All hosts in the cluster, whatever happened to them."""
+        for name in [*self._silent, *self._noticed]:
+            self.kill(name)
+        for name in self.names:
+            if name not in self._pids:
+                self.start(name)
 
     def wait_until_joined(self, name: str, before: int) -> None:
         """Once more than `before` times: a host whose link was cut is joined anew by its supervisor."""
@@ -185,7 +204,7 @@ class Hosts:
 
     def _on(self, name: str, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         place = ["nsenter", "-t", str(self._pids[name]), "-p", "-m", "-n", f"--wdns={ROOT}"]
-        return self._spawn([*place, *command], **options)
+        return self._spawn([*place, "setpriv", "--pdeathsig", "KILL", *command], **options)
 
     def _spawn(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         """Dies with this thread, and with it all that is in namespaces below."""
