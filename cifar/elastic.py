@@ -6,11 +6,13 @@ Imports no torch: the controller does without it.
 import contextlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import ray
 from ray._private.state import state as ray_state
 from ray.exceptions import RayError
+from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
@@ -70,6 +72,11 @@ class Growth(ElasticScalingPolicy):
     _seen = 0
     _group: Any = None
 
+    def __init__(self, scaling_config: ScalingConfig, counts: Sequence[int]):
+        """`counts`: of workers that share the batch evenly, in ascending order; the others are not taken."""
+        super().__init__(scaling_config)
+        self._counts = counts
+
     def make_decision_for_non_running_worker_group(self) -> Any:
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
@@ -118,4 +125,4 @@ class Growth(ElasticScalingPolicy):
             min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in each.items())
             for resources in reserved_resources.values()
         )
-        return min(count, self.scaling_config.max_workers)
+        return max((allowed for allowed in self._counts if allowed <= count), default=0)

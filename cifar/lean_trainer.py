@@ -1,6 +1,7 @@
 """Ray Train's data-parallel trainer without what our runs do not use, each piece of which starts a process."""
 
 import os
+from collections.abc import Sequence
 
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.experimental import internal_kv
@@ -22,6 +23,8 @@ class LeanTrainer(DataParallelTrainer):
 
     noted_as = ""
     """Name under which `release_workers` finds what the workers hold."""
+    worker_counts: Sequence[int] = ()
+    """Of an elastic run, those that its batch divides among."""
 
     def fit(self):
         # The controller is going to ask for this actor, and would wait for its process: let both start at once.
@@ -32,7 +35,7 @@ class LeanTrainer(DataParallelTrainer):
         assert self.run_config.failure_config is not None
         parts["failure_policy"] = Patience(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
-            parts["scaling_policy"] = Growth(self.scaling_config)
+            parts["scaling_policy"] = Growth(self.scaling_config, self.worker_counts)
         return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self):

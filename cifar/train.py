@@ -120,7 +120,15 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     `callbacks` are Ray Train's. Who gives some may end this process in the middle, as Tune does, and then has to call
     `release_workers` with the run's path.
     """
-    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import (
+        BackendConfig,
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+        WorkerGroupError,
+    )
 
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import run_worker
@@ -147,10 +155,14 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         ),
     )
     trainer.noted_as = run_dir.path if callbacks else ""
+    trainer.worker_counts = job.config.worker_counts
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        raise RunFailed(f"{run_dir.path}: {first_cause(error)}") from error
+        often = (
+            f", {MAX_FAILURES + 1} times without a checkpoint in between" if isinstance(error, WorkerGroupError) else ""
+        )
+        raise RunFailed(f"{run_dir.path}: {first_cause(error)}{often}") from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise RunFailed(f"{run_dir.path}: {summary['error']}")

@@ -65,7 +65,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Growth:
     monkeypatch.setattr(Growth, "_maybe_send_resource_request", lambda self: None)
     monkeypatch.setattr(Growth, "_get_reserved_resources", lambda self: self.room)
     monkeypatch.setattr(elastic, "WAITING_SECONDS", 0.0)
-    policy = Growth(scaling)
+    policy = Growth(scaling, [1, 2, 3, 4])
     give_room(policy, 2)
     return policy
 
@@ -122,6 +122,15 @@ def test_parts_of_cpus_are_counted_without_rounding_errors(policy: Growth) -> No
     policy.scaling_config.resources_per_worker = {"CPU": 0.1}
     assert policy._count_possible_workers({"a": {"CPU": 0.3}}) == 3
     assert policy._count_possible_workers({"a": {"CPU": 0.3}, "b": {"GPU": 1.0}, "c": {"CPU": 0.9}}) == 4
+
+
+def test_a_group_has_as_many_workers_as_the_batch_divides_among(policy: Growth) -> None:
+    policy._counts = [1, 2, 4]
+    group = Group(2)
+    give_room(policy, 3)
+    decide(policy, group)
+    assert group.asked == 0
+    assert [policy._count_possible_workers({"a": {"CPU": cpus}}) for cpus in range(6)] == [0, 1, 2, 2, 4, 4]
 
 
 def test_a_new_group_is_as_large_as_fits(policy: Growth) -> None:
