@@ -77,6 +77,11 @@ class Plan:
     def elastic(self) -> bool:
         return self.min_workers != self.max_workers
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of one worker, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpus_per_worker else {})
+
     def __str__(self) -> str:
         count = f"{self.min_workers} to {self.max_workers}" if self.elastic else str(self.max_workers)
         holds = (
@@ -88,39 +93,49 @@ class Plan:
         return f"plan: {count} worker{plural} holding {holds} each, {self.loader} data ({self.reason})"
 
 
-def make_plan(config: Config, data_bytes: int, nodes: Sequence[Mapping[str, float]]) -> Plan:
-    """Plan a run over `data_bytes` of decoded train and val on `nodes`, each with its CPU, GPU and object_store_memory.
+def make_plan(
+    config: Config,
+    data_bytes: int,
+    there: Sequence[Mapping[str, float]],
+    coming: Sequence[Mapping[str, float]] = (),
+) -> Plan:
+    """Plan a run over `data_bytes` of decoded train and val on the nodes that are there and those that an autoscaler
+    may add, each with its CPU, GPU and object_store_memory.
 
     Raises ConfigError for a plan that could never be scheduled, or that would starve Ray Data.
     """
+    nodes = [*there, *coming]
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
-    counts = config.worker_counts or [auto_workers(config, gpus)]
+    has = "may grow to" if coming else "has"
+    # Nodes cost: unasked, a run takes the GPUs that are there, and of those that may come one.
+    gpus_there = int(sum(node.get("GPU", 0.0) for node in there))
+    counts = config.worker_counts or [auto_workers(config, gpus_there or min(gpus, 1))]
     low, high = counts[0], counts[-1]
     loader, why = choose_loader(config, data_bytes, min(node.get("object_store_memory", math.inf) for node in nodes))
     use_gpu = config.run.gpu or gpus >= low
     if use_gpu and gpus < low:
         raise ConfigError(
-            f"--workers {config.run.workers} --gpu: needs {low} GPUs, the cluster has {gpus}; "
+            f"--workers {config.run.workers} --gpu: needs {low} GPUs, the cluster {has} {gpus}; "
             + (f"use --workers {gpus}" if gpus else "drop --gpu")
         )
     if not use_gpu and low > max(cpus, 1):
         raise ConfigError(
-            f"--workers {config.run.workers}: needs {low} CPUs, the cluster has {cpus:g}; use --workers {int(cpus)}"
+            f"--workers {config.run.workers}: needs {low} CPUs, the cluster {has} {cpus:g}; use --workers {int(cpus)}"
         )
     # A task of Ray Data takes a CPU; what workers hold whole, it could wait for for ever. Holding less costs nothing,
     # since a worker's threads use every core of its share of the node anyway.
     spare = 1.0 if loader == "streaming" else 0.5
     each = cpus_per_worker(nodes, high, use_gpu, spare) or cpus_per_worker(nodes, low, use_gpu, spare)
     if not each:
-        raise ConfigError(f"--workers {config.run.workers}: leaves no CPU for reading data, the cluster has {cpus:g}")
+        raise ConfigError(f"--workers {config.run.workers}: leaves no CPU for reading data, the cluster {has} {cpus:g}")
     return Plan(
         min_workers=low,
         max_workers=high,
         cpus_per_worker=each,
         gpus_per_worker=1 if use_gpu else 0,
         loader=loader,
-        reason=f"the cluster has {cpus:g} CPU and {gpus} GPU; {why}",
+        reason=f"the cluster {has} {cpus:g} CPU and {gpus} GPU; {why}",
     )
 
 

@@ -35,6 +35,10 @@ class Context(Protocol):
         """Wait until what was reported is safe, and end this worker by an exception; all workers do."""
         ...
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        """Note where this worker is, for whoever asks why nothing moves; cheap. `waits`: for the other workers."""
+        ...
+
     def progress(self, values: dict[str, Any]) -> None:
         """Show where the run is; rank 0 only, cheap, may be dropped."""
         ...

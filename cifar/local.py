@@ -103,6 +103,9 @@ class LocalContext:
     def leave(self) -> NoReturn:
         raise NotImplementedError("nobody wishes it here")
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        pass  # nobody waits for this worker
+
     def progress(self, values: dict[str, Any]) -> None:
         if self.display is not None:
             self.display.progress(values)

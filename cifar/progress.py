@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from cifar.waiting import LOOK_SECONDS, WAITING_SECONDS
+
 POLL_SECONDS = 0.5
 
 
@@ -88,33 +90,48 @@ class Mailbox:
         values = internal_kv._internal_kv_get(self._key + kind.encode())
         return None if values is None else json.loads(values)
 
+    def beats(self) -> dict[int, Any]:
+        """The workers' last signs of life by rank, put as `beat-RANK`."""
+        from ray.experimental import internal_kv
+
+        prefix = f"{self._key.decode()}beat-"
+        ranks = [int(key.decode().removeprefix(prefix)) for key in internal_kv._internal_kv_list(prefix)]
+        beats = {rank: self.get(f"beat-{rank}") for rank in sorted(ranks)}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
+
     def clear(self) -> None:
         from ray.experimental import internal_kv
 
-        for kind in ("history", "progress"):
-            internal_kv._internal_kv_del(self._key + kind.encode())
+        internal_kv._internal_kv_del(self._key, del_by_prefix=True)
 
 
 @contextmanager
-def watch(mailbox: Mailbox, waiting: Callable[[float], str | None]) -> Iterator[None]:
-    """Show what arrives in the mailbox until the block ends; before anything does, what `waiting(seconds)` says."""
+def watch(mailbox: Mailbox, explain: Callable[[], str | None]) -> Iterator[None]:
+    """Show what arrives in the mailbox until the block ends, and what `explain()` says when nothing new comes."""
     mailbox.clear()
     done = threading.Event()
+    last: Any = None
+    moved_at = looked_at = time.monotonic()
 
     def show(display: Display) -> None:
+        nonlocal last, moved_at, looked_at
         progress, history = mailbox.get("progress"), mailbox.get("history")
         if history:
             display.history(history)
         if progress:
             display.progress(progress)
-        elif not history and (text := waiting(time.monotonic() - started_at)):
-            print(text, file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if (progress, len(history or ())) != last:
+            last, moved_at = (progress, len(history or ())), now
+        elif now - moved_at >= WAITING_SECONDS / 2 and now - looked_at >= LOOK_SECONDS:
+            looked_at = now
+            if text := explain():
+                print(text, file=sys.stderr, flush=True)
 
     def poll() -> None:
         while not done.wait(POLL_SECONDS):
             show(display)
 
-    started_at = time.monotonic()
     with Display() as display:
         thread = threading.Thread(target=poll, daemon=True)
         thread.start()

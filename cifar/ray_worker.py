@@ -34,6 +34,7 @@ from cifar.machine import usable_cpus
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
 from cifar.run_dir import RunDir
+from cifar.waiting import Pulse
 from cifar.worker import train_worker
 
 GROUP_TIMEOUT = timedelta(minutes=5)
@@ -51,6 +52,9 @@ class RayContext:
         threading.Thread(target=importlib.import_module, args=("torch._dynamo",), daemon=True).start()
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
+        self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
+        put = partial(self._mailbox.put, f"beat-{self.rank}")
+        self._pulse = Pulse(put, self.world_size, ray.util.get_node_ip_address())
         use_gpu = bool(ray.get_gpu_ids())
         if use_gpu and not torch.cuda.is_available():
             raise RunFailed(
@@ -59,10 +63,11 @@ class RayContext:
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         torch.set_num_threads(max(usable_cpus() // place.get_local_world_size(), 1))
         if self.world_size > 1:
+            self.doing("joining the other workers", waits=True)
             self._join("nccl" if use_gpu else "gloo")
+        self.doing("loading data and checkpoint")
         found = ray.train.get_checkpoint()
         self.checkpoint = Path(found.to_directory(tempfile.mkdtemp(prefix="cifar-resume-"))) if found else None
-        self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
@@ -101,6 +106,9 @@ class RayContext:
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         raise Leaving("a node of this run is about to be taken away")
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        self._pulse.doing(what, waits)
+
     def progress(self, values: dict[str, Any]) -> None:
         self._mailbox.put("progress", values)
 
@@ -116,6 +124,7 @@ class RayContext:
             self._written.result()
 
     def close(self) -> None:
+        self._pulse.close()
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         if dist.is_initialized():

@@ -6,11 +6,13 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cifar.autoscaler import cluster_nodes
 from cifar.cluster import Plan, make_plan, start_ray
 from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
@@ -18,6 +20,7 @@ from cifar.data.prepared import absolute, join
 from cifar.data.shares import num_batches
 from cifar.progress import Mailbox, watch
 from cifar.run_dir import RunDir
+from cifar.waiting import Request, Watchdog, unplaced_group
 
 if TYPE_CHECKING:
     from cifar.ray_job import Job
@@ -26,8 +29,6 @@ MAX_FAILURES = 5
 """Deaths of workers without a checkpoint in between that a run survives; a node that gave notice does not count."""
 RESIZE_SECONDS = 20
 """How often an elastic run looks for room for more workers; each time that it grows, it starts again for some 10 s."""
-WAITING_SECONDS = 30
-"""After so long without a step the terminal says what the run waits for."""
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +95,10 @@ def prepare_while_ray_starts(config: Config) -> Prepared:
 
 def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
     """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
-    import ray
 
     from cifar.ray_job import Blocks, Job
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), nodes)
+    plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_nodes())
     logger.info("%s", plan)
     run_dir.open(config, prepared)
     resident = plan.loader == "resident"
@@ -110,7 +109,9 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         train=Blocks.put(prepared, "train") if resident else None,
         val=Blocks.put(prepared, "val") if resident else None,
     )
-    with run_dir.lock(), watch(Mailbox(run_dir.path), waiting_for(plan, ray)):
+    mailbox = Mailbox(run_dir.path)
+    watchdog = Watchdog(mailbox.beats, partial(unplaced_group, request_of(plan)))
+    with run_dir.lock(), watch(mailbox, watchdog.look):
         return train_on_ray(job, plan, run_dir)
 
 
@@ -133,7 +134,6 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import run_worker
 
-    resources = {"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.gpus_per_worker else {})
     trainer = LeanTrainer(
         run_worker,
         train_loop_config={"job": job},
@@ -141,7 +141,7 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         scaling_config=ScalingConfig(
             num_workers=(plan.min_workers, plan.max_workers) if plan.elastic else plan.max_workers,
             use_gpu=bool(plan.gpus_per_worker),
-            resources_per_worker=resources,
+            resources_per_worker=plan.resources,
             # Without GPUs workers share a node's cores: they had better not pack.
             placement_strategy="PACK" if plan.gpus_per_worker else "SPREAD",
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
@@ -172,22 +172,9 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     return summary
 
 
-def waiting_for(plan: Plan, ray: Any) -> Callable[[float], str | None]:
-    """What to say to somebody who waits for the first step."""
-    said = False
-
-    def explain(seconds: float) -> str | None:
-        nonlocal said
-        if said or seconds < WAITING_SECONDS:
-            return None
-        said = True
-        free = ray.available_resources()
-        return (
-            f"no step after {seconds:.0f} s: {plan.min_workers} worker(s) want {plan.cpus_per_worker:g} CPU and "
-            f"{plan.gpus_per_worker} GPU each; free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
-        )
-
-    return explain
+def request_of(plan: Plan) -> Request:
+    fewer = f"--workers {plan.min_workers - 1}" if plan.min_workers > 1 else "--workers 0, which needs none of Ray's"
+    return Request(name="workers", count=plan.min_workers, each=plan.resources, remedy=fewer)
 
 
 def first_cause(error: BaseException) -> str:

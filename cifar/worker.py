@@ -5,11 +5,12 @@ the preemption notice. What is written at a step and what is drawn at a step dep
 interrupted ends with the weights of one that was not, bit for bit, on the same number of workers and kind of device.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from cifar.training import Position, Training, build_training, compile_ahead, lo
 AGREE_SECONDS, MOST_AGREE_STEPS = 0.5, 64
 """How often several workers agree on stopping and on checkpoints; asking at each step would cost a round trip."""
 SHOW_SECONDS = 0.5
+
+T = TypeVar("T")
 
 
 def train_worker(
@@ -55,6 +58,7 @@ def train_worker(
             if context.rank == 0:
                 context.history(position.history)
         if config.train.compile:
+            context.doing("compiling")
             rest = range(position.epoch, config.train.epochs)
             compile_ahead(config, training, loader, context, rest, len(prepared.classes), augmented)
         worker = Worker(config, prepared, context, training, position, loader.num_batches)
@@ -95,6 +99,10 @@ class Worker:
         self._out_of_time, self._wish = False, Wish.NOTHING
         self._agreed_after, self._agreed_at, self._agree_steps = 0, 0.0, 1
         self._alone = context.world_size == 1
+        if not self._alone:
+            # The first parameters get their gradients last; what is left of the step is the exchange with the others.
+            first = next(parameter for parameter in training.model.parameters() if parameter.requires_grad)
+            first.register_post_accumulate_grad_hook(lambda _: context.doing("exchanging gradients", waits=True))
 
     @property
     def num_batches(self) -> int:
@@ -125,7 +133,7 @@ class Worker:
             training.model,
             training.optimizer,
             training.averager,
-            batches,
+            self._told(batches, f"in epoch {position.epoch + 1}", position.step),
             self.config,
             epoch=position.epoch,
             start=position.step,
@@ -138,6 +146,7 @@ class Worker:
             augmented=augmented,
             after_step=self._after_step,
         )
+        self.context.doing("adding up the epoch", waits=True)
         self._agree()
         self.totals.all_reduce()
         result = self.totals.result()
@@ -147,10 +156,23 @@ class Worker:
     def evaluate(self, batches: Iterable[Arrays]) -> dict[str, float]:
         """Loss, accuracy and count over all workers' shares of val."""
         share_buffers(self.training.evaluated)
-        totals = evaluate(self.training.evaluated, batches, self.config.train, self.context.device)
+        told = self._told(batches, "of val", 0)
+        totals = evaluate(self.training.evaluated, told, self.config.train, self.context.device)
+        self.context.doing("adding up val", waits=True)
         totals.all_reduce()
         self._require_finite(totals.sums)
         return totals.result()
+
+    def _told(self, batches: Iterable[T], where: str, start: int) -> Iterator[T]:
+        """The batches, with a note of which one is loaded or computed."""
+        doing, coming = self.context.doing, iter(batches)
+        for number in itertools.count(start + 1):
+            doing(f"loading batch {number} {where}")
+            batch = next(coming, None)
+            if batch is None:
+                return
+            doing(f"computing batch {number} {where}")
+            yield batch
 
     def finish_epoch(self, train_result: dict[str, float], val_result: dict[str, float]) -> None:
         """Move on to the next epoch, or decide that there is none."""
@@ -246,6 +268,7 @@ class Worker:
         self._report({"epoch": position.epoch + 1, "step": position.step, "score": -1.0})
 
     def _report(self, metrics: dict[str, Any]) -> None:
+        self.context.doing("saving a checkpoint")
         checkpoint = None
         if self.context.rank == 0:
             checkpoint = save_checkpoint(self.config, self.prepared, self.training, self.position)

@@ -90,3 +90,19 @@ def test_impossible_plans_are_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_plan(config, MB, nodes)
+
+
+def test_nodes_that_may_come_count_and_are_named() -> None:
+    plan = make_plan(with_flags("3"), MB, [node(0)], [node(1)] * 4)
+    assert plan.cpus_per_worker * 3 <= 4
+    assert "the cluster may grow to 4 CPU" in str(plan)
+    with pytest.raises(ConfigError, match=r"--workers 6: needs 6 CPUs, the cluster may grow to 4; use --workers 4"):
+        make_plan(with_flags("6"), MB, [node(0)], [node(1)] * 4)
+
+
+@pytest.mark.parametrize(("there", "workers"), [([node(0)], 1), ([node(0), node(8, 2)], 2)])
+def test_unasked_a_run_takes_the_gpus_that_are_there_and_adds_one_at_most(
+    there: list[dict[str, float]], workers: int
+) -> None:
+    plan = make_plan(with_flags(), MB, there, [node(8, 1)] * 4)
+    assert (plan.max_workers, plan.gpus_per_worker) == (workers, 1)

@@ -15,10 +15,10 @@ MODULES = {
 }
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"config", "context", "machine", "statistics"},
+    {"config", "context", "machine", "statistics", "waiting"},
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir"},
-    {"cluster", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
+    {"autoscaler", "cluster", "local_nodes", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},
     {"tune"},

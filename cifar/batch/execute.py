@@ -5,6 +5,7 @@ import pickle
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cifar.batch.source import Part
 from cifar.config import ConfigError, RunFailed
 from cifar.machine import usable_cpus
 from cifar.predictor import Predictor
+from cifar.waiting import Request, explained, unplaced_actors
 
 # Up to here the work is done before Ray and its workers have started.
 HERE_PIXEL_BYTES = 32 << 20
@@ -96,7 +98,10 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
     import ray
     import ray.data
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    from cifar.autoscaler import cluster_nodes  # not above: it imports Ray
+
+    there, coming = cluster_nodes()
+    nodes = [*there, *coming]
     plan = make_plan(nodes, device, len(parts))
     logger.info("%s", plan)
     files = ray.put({file.name: file.read_bytes() for file in model.iterdir() if file.is_file()})
@@ -122,8 +127,12 @@ def predict_on_ray(parts: list[Part], model: Path, target: Target, device: str) 
         num_cpus=plan.actor_cpus,
         num_gpus=plan.actor_gpus,
     )
-    for answer in answers.iter_rows():
-        yield _checked(pickle.loads(answer["answer"]))
+    each = {"CPU": plan.actor_cpus} | ({"GPU": 1.0} if plan.actor_gpus else {})
+    request = Request(name="actor", count=1, each=each, remedy="add a node")
+    with explained(partial(unplaced_actors, request)) as moved:
+        for answer in answers.iter_rows():
+            moved()
+            yield _checked(pickle.loads(answer["answer"]))
 
 
 def _decode_row(row: dict[str, bytes]) -> dict[str, bytes]:

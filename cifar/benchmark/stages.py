@@ -67,6 +67,9 @@ class Alone:
     def leave(self) -> NoReturn:
         raise NotImplementedError("nobody wishes it here")
 
+    def doing(self, what: str, waits: bool = False) -> None:
+        pass
+
     def progress(self, values: dict[str, Any]) -> None:
         pass
 

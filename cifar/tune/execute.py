@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -29,10 +30,12 @@ from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.settings import TuneConfig
 from cifar.tune.space import MUTABLE, Choice, Int, Space
 from cifar.tune.trial import SweepJob, run_trial
+from cifar.waiting import Request, explained, unplaced_group
 
 METRIC = "val_accuracy"
 RELEASE_SECONDS = 2.0
 """Within which the process of an ended trial is gone, and the controller of its workers with it."""
+REMEDY = "stop this command, which goes on from here when it is given again"
 MAX_DEATHS = 3
 """Of a trial's process, after each of which the trial goes on from its checkpoint."""
 ROW = (
@@ -78,7 +81,14 @@ def execute(
         searching = {}
     recorder = Recorder(ledger, explain_stop, release=bool(job.plan.workers))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), job.plan.resources)
-    with scratch(job) as storage, environment(job.config.run.verbose):
+    plan = job.plan
+    each = {"CPU": plan.cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
+    request = Request(name="workers" if plan.workers else "trial", count=max(plan.workers, 1), each=each, remedy=REMEDY)
+    with (
+        scratch(job) as storage,
+        environment(job.config.run.verbose),
+        explained(partial(unplaced_group, request)) as recorder.moved,
+    ):
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": space} if space else None,
@@ -191,6 +201,8 @@ class Recorder(tune.Callback):
     def __init__(self, ledger: Ledger, explain_stop: Callable[[Trial], str], release: bool):
         """`release`: trials have workers of their own, which outlive them."""
         self._ledger, self._explain_stop, self._release = ledger, explain_stop, release
+        self.moved: Callable[[], None] = lambda: None
+        """Called at each start and result of a trial."""
         self._keys: dict[str, str] = {}
         """Of the ledger, by Tune's; under population based training Tune changes a trial's setting."""
         self._outcomes: dict[str, tuple[str, str]] = {}
@@ -203,6 +215,7 @@ class Recorder(tune.Callback):
         return self._ledger[self._keys.setdefault(trial.trial_id, trial.config["trial"]["key"])]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.moved()
         known = self._of(trial)
         if not known.done and known.state != "running":
             self._ledger.started(known)
@@ -215,6 +228,7 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self.moved()
         known = self._of(trial)
         if "failed" in result:
             self._outcomes[known.key] = ("failed", result["failed"])

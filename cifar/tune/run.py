@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
+from cifar.autoscaler import cluster_nodes
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
 from cifar.data.prepared import absolute, join, read_file, read_object, write_file
@@ -77,9 +77,9 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     prepared = prepare_while_ray_starts(config)
     minutes, config = config.train.max_minutes, replace(config, train=replace(config.train, max_minutes=0.0))
     config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there, coming = cluster_nodes()
     data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
-    plan = make_sweep_plan(config, tune, data_bytes, nodes, usable_cpus())
+    plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming], usable_cpus())
     logger.info("%s", plan)
     path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, space, prepared))
     claim(path, config, tune, space, prepared)
