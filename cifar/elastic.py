@@ -3,10 +3,10 @@
 Imports no torch: the controller does without it.
 """
 
-import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -15,12 +15,12 @@ from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
-from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
-    AUTOSCALING_REQUESTS_GET_TIMEOUT_S,
-)
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+Resources = Mapping[str, Mapping[str, float]]
+"""Amounts by node and name."""
 WAITING_SECONDS = 0.5
 
 checkpoint_wanted = threading.Event()
@@ -61,68 +61,97 @@ class Patience(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
-class Growth(ElasticScalingPolicy):
-    """As many workers as fit on the nodes that are there now and stay.
+class Growth(ScalingPolicy):
+    """As many workers as there is room for on the nodes that are there now and stay.
 
-    Ray's own policy (2.60) goes by a list of nodes that is up to 20 s old and has those on it that are being drained.
-    To grow, it ends the running workers wherever they are; here they write a checkpoint first, and no step is lost.
+    Ray's own policy (2.60) goes by a list of nodes that is up to 20 s old, has those on it that are being drained, and
+    knows neither what other jobs hold nor, for three minutes, that an earlier run was killed. To grow, it ends the
+    running workers wherever they are; here they write a checkpoint first, and no step is lost.
     """
-
-    _growing = False
-    _seen = 0
-    _group: Any = None
 
     def __init__(self, scaling_config: ScalingConfig, counts: Sequence[int]):
         """`counts`: of workers that share the batch evenly, in ascending order; the others are not taken."""
         super().__init__(scaling_config)
         self._counts = counts
+        self._each = cast(dict[str, float], scaling_config._resources_per_worker_not_none)
+        self._starting = False
+        self._full: Set[str] = frozenset()
+        """Nodes on which a group did not find the room that they have in all: others hold some of it."""
+        self._group: Any = None
+        self._growing, self._seen, self._looked_at = False, 0, 0.0
 
-    def make_decision_for_non_running_worker_group(self) -> Any:
-        decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision):
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self.scaling_config.max_workers
+
+    def make_decision_for_non_running_worker_group(self) -> ResizeDecision | NoopDecision:
+        self._maybe_send_resource_request()
+        nodes = staying_nodes()
+        if self._starting and nodes:  # in vain
+            self._full = nodes.keys()
+            nodes = {node: free for node, free in free_resources().items() if node in nodes}
+        workers = self._allowed(self._fitting(nodes))
+        if workers < self.scaling_config.min_workers:
             time.sleep(WAITING_SECONDS)  # the controller asks again at once
-        return decision
+            return NoopDecision()
+        return self._start(workers)
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: Any
+    ) -> ResizeDecision | NoopDecision:
+        self._maybe_send_resource_request()
+        now, size = time.monotonic(), worker_group_state.num_workers
         if self._group is not worker_group_state:
-            self._group, self._growing = worker_group_state, False
-        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        size = worker_group_state.num_workers
-        if isinstance(decision, ResizeDecision) and decision.num_workers > size:
-            self._growing, self._seen = True, Committed.count
-            for worker in worker_group_state.workers:
-                worker.execute_async(want_checkpoint)
-        elif self._growing and Committed.count > self._seen:
+            self._group, self._looked_at = worker_group_state, now
+            self._starting = self._growing = False
+        if self._growing and Committed.count > self._seen:
             self._growing = False
-            workers = self._count_possible_workers(self._get_reserved_resources() or {})
-            if workers > size:
-                return self._get_resize_decision(workers)
+            if (workers := self._room(size)) > size:
+                return self._start(workers)
+        elif now - self._looked_at >= self.scaling_config.elastic_resize_monitor_interval_s:
+            self._looked_at = now
+            if self._room(size) > size:
+                self._growing, self._seen = True, Committed.count
+                for worker in worker_group_state.workers:
+                    worker.execute_async(want_checkpoint)
         return NoopDecision()  # a loss shows in the workers; to end healthy ones would only lose their steps
 
-    def _get_reserved_resources(self) -> Any:
-        """By node; None if they can't be had now."""
-        now = time.monotonic()
-        if now - self._latest_reserved_resources_query_time < self.GET_RESERVED_RESOURCES_INTERVAL_S:
-            return self._latest_reserved_resources
-        self._latest_reserved_resources_query_time, self._latest_reserved_resources = now, None
-        with contextlib.suppress(RayError):
-            ask: Any = self._autoscaling_coordinator.get_reserved_resources
-            answer = ray.get(ask.remote(self._requester_id, recompute=True), timeout=AUTOSCALING_REQUESTS_GET_TIMEOUT_S)
-            reserved = cast(dict[str, Any], answer)
-            draining = ray_state.get_draining_nodes()
-            staying = {node: resources for node, resources in reserved.items() if node not in draining}
-            if len(staying) < len(reserved):  # other nodes may have room for what was to go there
-                for node, resources in ray_state.available_resources_per_node().items():
-                    if node not in draining:
-                        staying.setdefault(node, resources)
-            self._latest_reserved_resources = staying
-        return self._latest_reserved_resources
+    def _start(self, workers: int) -> ResizeDecision:
+        self._starting = True
+        return ResizeDecision(num_workers=workers, resources_per_worker=self._each)
 
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        each = {name: amount for name, amount in self.scaling_config._resources_per_worker_not_none.items() if amount}
+    def _room(self, size: int) -> int:
+        """For so many workers, with the `size` that run."""
+        nodes = staying_nodes()
+        room = size + self._fitting({node: free for node, free in free_resources().items() if node in nodes})
+        if nodes.keys() - self._full:  # tasks that come and go may hold the room of a new node at this moment
+            room = max(room, self._fitting(nodes))
+        return self._allowed(room)
+
+    def _fitting(self, nodes: Resources) -> int:
         # Parts of a CPU are no binary fractions: three times 0.1 of 0.3 would be two.
-        count = sum(
-            min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in each.items())
-            for resources in reserved_resources.values()
+        return sum(
+            min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in self._each.items() if amount)
+            for resources in nodes.values()
         )
-        return max((allowed for allowed in self._counts if allowed <= count), default=0)
+
+    def _allowed(self, workers: int) -> int:
+        return max((count for count in self._counts if count <= workers), default=0)
+
+
+def staying_nodes() -> Resources:
+    """What each node has that lives and is not being drained; none while the head does not answer."""
+    with suppress(RayError):
+        draining = ray_state.get_draining_nodes()
+        return {
+            node["NodeID"]: node["Resources"]
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in draining
+        }
+    return {}
+
+
+def free_resources() -> Resources:
+    """What each node has that nobody holds."""
+    with suppress(RayError):
+        return cast(Resources, ray_state.available_resources_per_node())
+    return {}

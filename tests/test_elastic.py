@@ -58,85 +58,113 @@ class Group:
         self.asked += 1
 
 
+class Nodes:
+    """What the nodes have in all, and what of it is free."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.all: dict[str, float] = {"a": 2}
+        self.free: dict[str, float] = {"a": 0}
+        monkeypatch.setattr(elastic, "staying_nodes", lambda: {node: {"CPU": cpus} for node, cpus in self.all.items()})
+        monkeypatch.setattr(
+            elastic, "free_resources", lambda: {node: {"CPU": cpus} for node, cpus in self.free.items()}
+        )
+
+
 @pytest.fixture
-def policy(monkeypatch: pytest.MonkeyPatch) -> Growth:
-    """Of one to four workers of a CPU each, which looks for room at each poll."""
-    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0)
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr(Growth, "_maybe_send_resource_request", lambda self: None)
-    monkeypatch.setattr(Growth, "_get_reserved_resources", lambda self: self.room)
     monkeypatch.setattr(elastic, "WAITING_SECONDS", 0.0)
-    policy = Growth(scaling, [1, 2, 3, 4])
-    give_room(policy, 2)
-    return policy
+    return Nodes(monkeypatch)
 
 
-def give_room(policy: Growth, cpus: int) -> None:
-    policy.room = {"node": {"CPU": float(cpus)}}  # pyright: ignore[reportAttributeAccessIssue]
+def growth(*counts: int) -> Growth:
+    """Of workers of a CPU each, which looks for room at each poll."""
+    scaling = ScalingConfig(
+        num_workers=(counts[0], counts[-1]), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=0
+    )
+    return Growth(scaling, counts)
 
 
-def decide(policy: Growth, group: Group) -> int | None:
+def size(decision: object) -> int | None:
     """The workers to go on with; None: as it is."""
-    decision = policy.make_decision_for_running_worker_group(group, None)
     assert isinstance(decision, ResizeDecision | NoopDecision)
     return decision.num_workers if isinstance(decision, ResizeDecision) else None
 
 
-def test_a_run_grows_from_a_checkpoint_that_it_was_asked_for(policy: Growth) -> None:
-    group = Group(2)
-    assert decide(policy, group) is None
+def running(policy: Growth, group: Group) -> int | None:
+    return size(policy.make_decision_for_running_worker_group(group, None))  # pyright: ignore[reportArgumentType]
+
+
+def stopped(policy: Growth) -> int | None:
+    return size(policy.make_decision_for_non_running_worker_group())
+
+
+def test_a_run_grows_from_a_checkpoint_that_it_was_asked_for(nodes: Nodes) -> None:
+    policy, group = growth(1, 2, 3, 4), Group(2)
+    assert running(policy, group) is None
     assert group.asked == 0
-    give_room(policy, 4)
-    assert decide(policy, group) is None
+    nodes.all["b"] = nodes.free["b"] = 2
+    assert running(policy, group) is None
+    assert group.asked == 2
+    assert running(policy, group) is None
+    commit()
+    assert running(policy, group) == 4
+
+
+def test_room_that_is_gone_when_the_checkpoint_is_there_is_not_taken(nodes: Nodes) -> None:
+    policy, group = growth(1, 2, 3), Group(2)
+    nodes.free["a"] = 1
+    assert running(policy, group) is None
+    nodes.free["a"] = 0
+    commit()
+    assert running(policy, group) is None
+    nodes.free["a"] = 1
+    assert running(policy, group) is None, "it has to be asked anew"
+    assert group.asked == 4
+
+
+def test_what_the_group_before_was_asked_for_does_not_count(nodes: Nodes) -> None:
+    policy = growth(1, 2, 3)
+    nodes.free["a"] = 1
+    running(policy, Group(2))
+    commit()
+    assert running(policy, Group(2)) is None
+
+
+def test_healthy_workers_are_not_ended_for_a_smaller_group(nodes: Nodes) -> None:
+    nodes.all["a"] = 1
+    assert running(growth(1, 2), Group(2)) is None
+
+
+def test_a_group_has_as_many_workers_as_fit_and_the_batch_divides_among(nodes: Nodes) -> None:
+    def with_cpus(cpus: float) -> int | None:
+        nodes.all["a"] = cpus
+        return stopped(growth(1, 2, 4))
+
+    assert [with_cpus(cpus) for cpus in range(6)] == [None, 1, 2, 2, 4, 4]
+
+
+def test_a_group_that_finds_no_place_is_planned_by_what_others_leave_free(nodes: Nodes) -> None:
+    """And room that only looked so is tried once, and again when there are other nodes."""
+    policy = growth(1, 2, 3, 4)
+    nodes.all["a"], nodes.free["a"] = 3, 2
+    assert stopped(policy) == 3
+    assert stopped(policy) == 2
+    group = Group(2)
+    nodes.free["a"] = 0
+    assert running(policy, group) is None
+    assert group.asked == 0
+    nodes.all["b"] = 2
+    assert running(policy, group) is None
     assert group.asked == 2
     commit()
-    policy.scaling_config.elastic_resize_monitor_interval_s = 60  # the checkpoint is not waited for so long
-    assert decide(policy, group) == 4
+    assert running(policy, group) == 4
+    nodes.free["a"] = 2
+    assert stopped(policy) == 2
 
 
-def test_room_that_is_gone_when_the_checkpoint_is_there_is_not_taken(policy: Growth) -> None:
-    group = Group(2)
-    give_room(policy, 3)
-    decide(policy, group)
-    commit()
-    policy.scaling_config.elastic_resize_monitor_interval_s = 60
-    give_room(policy, 2)
-    assert decide(policy, group) is None
-    give_room(policy, 3)
-    assert decide(policy, group) is None, "it has to be asked anew"
-
-
-def test_what_the_group_before_was_asked_for_does_not_count(policy: Growth) -> None:
-    give_room(policy, 3)
-    decide(policy, Group(2))
-    commit()
-    policy.scaling_config.elastic_resize_monitor_interval_s = 60
-    assert decide(policy, Group(2)) is None
-
-
-def test_healthy_workers_are_not_ended_for_a_smaller_group(policy: Growth) -> None:
-    give_room(policy, 1)
-    assert decide(policy, Group(2)) is None
-
-
-def test_parts_of_cpus_are_counted_without_rounding_errors(policy: Growth) -> None:
-    policy.scaling_config.resources_per_worker = {"CPU": 0.1}
-    assert policy._count_possible_workers({"a": {"CPU": 0.3}}) == 3
-    assert policy._count_possible_workers({"a": {"CPU": 0.3}, "b": {"GPU": 1.0}, "c": {"CPU": 0.9}}) == 4
-
-
-def test_a_group_has_as_many_workers_as_the_batch_divides_among(policy: Growth) -> None:
-    policy._counts = [1, 2, 4]
-    group = Group(2)
-    give_room(policy, 3)
-    decide(policy, group)
-    assert group.asked == 0
-    assert [policy._count_possible_workers({"a": {"CPU": cpus}}) for cpus in range(6)] == [0, 1, 2, 2, 4, 4]
-
-
-def test_a_new_group_is_as_large_as_fits(policy: Growth) -> None:
-    give_room(policy, 3)
-    decision = policy.make_decision_for_non_running_worker_group()
-    assert isinstance(decision, ResizeDecision)
-    assert decision.num_workers == 3
-    give_room(policy, 0)
-    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+def test_parts_of_cpus_are_counted_without_rounding_errors() -> None:
+    policy = growth(1, 9)
+    policy._each = {"CPU": 0.1}
+    assert policy._fitting({"a": {"CPU": 0.3}}) == 3
+    assert policy._fitting({"a": {"CPU": 0.3}, "b": {"GPU": 1.0}, "c": {"CPU": 0.9}}) == 12
