@@ -19,6 +19,8 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+from cifar.waiting import fitting
+
 Resources = Mapping[str, Mapping[str, float]]
 """Amounts by node and name."""
 WAITING_SECONDS = 0.5
@@ -128,11 +130,7 @@ class Growth(ScalingPolicy):
         return self._allowed(room)
 
     def _fitting(self, nodes: Resources) -> int:
-        # Parts of a CPU are no binary fractions: three times 0.1 of 0.3 would be two.
-        return sum(
-            min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in self._each.items() if amount)
-            for resources in nodes.values()
-        )
+        return sum(fitting(self._each, node) for node in nodes.values())
 
     def _allowed(self, workers: int) -> int:
         return max((count for count in self._counts if count <= workers), default=0)

@@ -161,10 +161,3 @@ def test_a_group_that_finds_no_place_is_planned_by_what_others_leave_free(nodes:
     assert running(policy, group) == 4
     nodes.free["a"] = 2
     assert stopped(policy) == 2
-
-
-def test_parts_of_cpus_are_counted_without_rounding_errors() -> None:
-    policy = growth(1, 9)
-    policy._each = {"CPU": 0.1}
-    assert policy._fitting({"a": {"CPU": 0.3}}) == 3
-    assert policy._fitting({"a": {"CPU": 0.3}, "b": {"GPU": 1.0}, "c": {"CPU": 0.9}}) == 12
