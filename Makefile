@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PATHS := cifar jobs tests
 
-.PHONY: train serve test check fast lock clean
+.PHONY: train serve cluster test check fast lock clean
 
 train: .venv/installed
 	$(BIN)/python jobs/train.py --data auto $(ARGS)
 
 serve: .venv/installed
 	$(BIN)/python jobs/serve.py $(ARGS)
+
+cluster: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh cluster/local.sh
 
 test: check
 	$(BIN)/pytest $(ARGS)

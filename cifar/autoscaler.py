@@ -52,7 +52,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
     Ray's own interface to it is filled in by its vendor's platform only. So this asks as the autoscaler was asked: by
     the command line of its process, which Ray's launcher starts on the head, or by KubeRay's resource.
     """
-    import psutil  # Ray's copy, which importing Ray has put on the path
+    import psutil  # pyright: ignore[reportMissingModuleSource]  # Ray's copy, on the path since Ray's import
 
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []

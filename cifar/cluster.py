@@ -33,6 +33,11 @@ def start_ray(verbose: bool) -> None:
     for name, value in TRAIN_ENV.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: that is where jobs are submitted; run `ray job submit --working-dir . -- python "
+            f"jobs/...`, or unset it to stay on this machine"
+        )
     if not verbose:
         # Before ray.init, which logs through it; a warning of Ray's own about its set-up is no news to our user.
         logging.getLogger("ray").setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from cifar.config import Config, ConfigError
-from cifar.data.prepared import Prepared, exists, filesystem, join, read_object, write_file
+from cifar.data.prepared import Prepared, absolute, exists, filesystem, join, read_object, write_file
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
@@ -111,6 +111,7 @@ def local_model(path: str) -> Iterator[Path]:
 @contextmanager
 def writable(path: str) -> Iterator[Path]:
     """A local folder to write into: `path` itself, or one that goes to the URI when the block ends."""
+    path = absolute(path)
     if "://" not in path:
         yield Path(path)
         return

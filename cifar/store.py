@@ -327,7 +327,7 @@ def find_model(reference: str, store: str) -> Iterator[FoundModel]:
 
 def model_path(reference: str) -> str | None:
     """The model's folder or URI if the reference is one, or is the run's around it."""
-    for path in (join(reference, "model"), reference) if reference else ():
+    for path in map(absolute, (join(reference, "model"), reference) if reference else ()):
         if exists(join(path, "config.json")) and exists(join(path, "model.safetensors")):
             return path
     return None

@@ -95,7 +95,6 @@ def prepare_while_ray_starts(config: Config) -> Prepared:
 
 def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str, Any]:
     """Train on Ray Train's workers; the driver holds the decoded blocks, so that a restarted worker finds them."""
-
     from cifar.ray_job import Blocks, Job
 
     plan = make_plan(config, prepared.num_bytes("train") + prepared.num_bytes("val"), *cluster_nodes())

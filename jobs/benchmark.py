@@ -12,7 +12,11 @@ from cifar.recipes import RECIPES
 
 
 def measure(flags: Benchmark) -> dict[str, Any]:
-    """Measure every stage of a run and, if asked, the time to an accuracy over seeds and the scaling over workers."""
+    """Measure every stage of a run and, if asked, the time to an accuracy over seeds and the scaling over workers.
+
+    With --cost, predict from what was measured what the run costs on many GPUs."""
+    if flags.cost:
+        return predict(flags)
     # Before torch is imported, whose profiler tells every start and stop otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Not above: --help needs neither Ray nor torch.
@@ -26,6 +30,21 @@ def measure(flags: Benchmark) -> dict[str, Any]:
     show(result)
     print(f"numbers: {output}")
     return result | {"output": output}
+
+
+def predict(flags: Benchmark) -> dict[str, Any]:
+    from cifar.benchmark.cost import predict_cost
+    from cifar.benchmark.show_cost import show_cost
+    from cifar.config import ConfigError
+    from cifar.data.prepared import read_object
+
+    remedy = "write one by jobs/benchmark.py without --cost"
+    measured = read_object(flags.cost, remedy)
+    if measured is None:
+        raise ConfigError(f"--cost {flags.cost}: there is no such file; {remedy}")
+    cost = predict_cost(measured, flags.cost, flags.assume)
+    show_cost(cost)
+    return cost
 
 
 def main(argv: Sequence[str] | None = None) -> int:

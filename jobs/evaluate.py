@@ -28,7 +28,7 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
-    from cifar.data.prepared import join, parent
+    from cifar.data.prepared import absolute, join, parent
     from cifar.evaluate import evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import read_history, write_report
@@ -42,9 +42,10 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     config = replace(predictor.info.config.data, data=flags.data or predictor.info.source)
     prepared = prepare(config, partial(start_ray, verbose=False))
     evaluation = evaluate(predictor, prepared, flags.split)
-    with writable(flags.output) as folder:
+    output = absolute(flags.output)
+    with writable(output) as folder:
         write_report(folder, evaluation, history=history, command=command_line())
-    report = join(flags.output, "report.html")
+    report = join(output, "report.html")
     low, high = evaluation.accuracy_ci95
     print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} {flags.split} images")
     print(f"report: {report}")

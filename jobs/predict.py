@@ -14,7 +14,7 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.batch.run import predict_all, predict_picture
     from cifar.batch.source import is_picture
-    from cifar.data.prepared import MANIFEST, QUARANTINE, join
+    from cifar.data.prepared import MANIFEST, QUARANTINE, absolute, join
     from cifar.store import find_model
 
     with find_model(flags.model, flags.store) as found:
@@ -26,7 +26,7 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
             print(f"picture: {picture}")
             return vars(answer) | {"version": found.version, "picture": picture}
         done = predict_all(flags, found, partial(_start_ray, flags.verbose), command_line())
-    manifest = done.manifest
+    manifest, output = done.manifest, absolute(flags.output)
     if done.now:
         print(f"start-up {done.startup_seconds:.1f} s, then {done.images_per_second:,.0f} images/s")
     else:
@@ -34,18 +34,18 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
     unsure = f", {manifest['abstained']:,} of them below --threshold {flags.threshold:g}" if flags.threshold else ""
     print(f"{manifest['predicted']:,} images predicted{unsure}")
     if manifest["quarantined"]:
-        print(f"{manifest['quarantined']:,} cannot be read: {join(flags.output, QUARANTINE)}")
+        print(f"{manifest['quarantined']:,} cannot be read: {join(output, QUARANTINE)}")
     if evaluation := manifest.get("evaluation"):
         low, high = evaluation["accuracy_ci95"]
         accuracy, count = evaluation["accuracy"], evaluation["count"]
         print(f"accuracy {accuracy:.4f} ({low:.4f} to {high:.4f}) of {count:,} labelled images")
-        print(f"report: {join(flags.output, 'report.html')}")
-    print(f"predictions: {join(flags.output, 'predictions')}")
+        print(f"report: {join(output, 'report.html')}")
+    print(f"predictions: {join(output, 'predictions')}")
     return manifest | {
         "now": done.now,
         "startup_seconds": done.startup_seconds,
         "images_per_second": done.images_per_second,
-        "manifest": join(flags.output, MANIFEST),
+        "manifest": join(output, MANIFEST),
     }
 
 

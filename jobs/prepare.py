@@ -23,14 +23,15 @@ def prepare_data(flags: Flags) -> dict[str, Any]:
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
-    from cifar.data.prepared import join
+    from cifar.data.prepared import absolute, join
     from cifar.report import write_data_report
     from cifar.run_dir import writable
 
     prepared = prepare(flags.data, partial(start_ray, verbose=False))
-    with writable(flags.output) as folder:
+    output = absolute(flags.output)
+    with writable(output) as folder:
         write_data_report(folder, prepared, flags.augment, command=command_line())
-    report = join(flags.output, "data_report.html")
+    report = join(output, "data_report.html")
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.counts.items())
     print(f"{prepared.source}: {counts}, {prepared.quarantined:,} quarantined")
     within, across = prepared.duplicates["within_train"], prepared.duplicates["train_test"]

@@ -36,13 +36,12 @@ class Isolated:
 
     def start(self, command: str, log: Path, env: Mapping[str, str] = {}, cwd: Path = PROJECT) -> subprocess.Popen:
         """A bash command that goes on; it writes to the log. Killing it by its id leaves its children alone."""
-        enter = ["nsenter", f"--target={self.leader}", "--pid", "--mount", "--net"]
+        enter = ["nsenter", f"--target={self.leader}", "--pid", "--mount", "--net", f"--wdns={cwd}"]
         if os.geteuid():
             enter += ["--user", "--preserve-credentials"]
         with log.open("wb") as output:
             return subprocess.Popen(
                 [*enter, "bash", "-c", command],
-                cwd=cwd,
                 env=self.env | dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

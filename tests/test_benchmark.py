@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 
 from cifar.benchmark.accuracy import seconds_to, statistics, time_to_accuracy
+from cifar.benchmark.cost import predict_cost
 from cifar.benchmark.measure import Stage, more_wanted, weighted_mean
 from cifar.benchmark.run import new_folder
 from cifar.benchmark.scaling import (
@@ -388,6 +389,8 @@ def test_the_job_measures_every_stage(here: Config, tmp_path: Path) -> None:
     assert result["counts"] == {"train": 418, "val": 22, "test": 60}
     assert (result["batch_size"], result["loader"]) == (44, "resident")
     assert result["machine"]["cores"] >= 1
+    assert result["checkpoint_bytes"] > result["gradient_bytes"] > 0
+    assert predict_cost(result, "benchmark.json", {})["runs"][0]["gpus"] == 1  # reads what it needs
     assert Config.from_dict(result["config"]).train.epochs == 2
 
     (run,) = result["seeds"]["runs"]

@@ -15,7 +15,7 @@ from cifar.benchmark.accuracy import time_to_accuracy
 from cifar.benchmark.measure import Stage, all_cores, machine_facts
 from cifar.benchmark.scaling import Link, scaling
 from cifar.benchmark.settings import Benchmark
-from cifar.benchmark.stages import Bench
+from cifar.benchmark.stages import Bench, folder_bytes
 from cifar.config import RunConfig
 from cifar.data import prepare
 from cifar.data.prepared import absolute, join
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 def benchmark(settings: Benchmark) -> dict[str, Any]:
     """Measure, in the order of what disturbs what: this process alone, then through Ray, then whole runs.
 
-    Keys: `machine`, `config`, `data`, `counts`, `batch_size`, `loader`, `ceiling`, `stages`, `operators`, `seeds` and
-    `scaling` (None where the flags skip them), `benchmark_seconds`.
+    Keys: `machine`, `config`, `data`, `counts`, `batch_size`, `loader`, `gradient_bytes`, `checkpoint_bytes`,
+    `ceiling`, `stages`, `operators`, `seeds` and `scaling` (None where the flags skip them), `benchmark_seconds`.
     """
     started_at = time.perf_counter()
     prepared = prepare(settings.data)
@@ -46,6 +46,7 @@ def benchmark(settings: Benchmark) -> dict[str, Any]:
         logger.info("measuring: checkpoints and evaluation")
         saved = Path(scratch) / "checkpoint"
         stages += [*steps, *bench.checkpoints(saved), *bench.evaluation(saved / "model")]
+        checkpoint_bytes = folder_bytes(saved)
         ceiling = bench.ceiling_facts(before, bench.ceiling())
         logger.info("measuring: start-up")
         stages += [*bench.start_up(storage), *bench.sharding()]
@@ -55,7 +56,7 @@ def benchmark(settings: Benchmark) -> dict[str, Any]:
             link = Link(latency=settings.link_latency_us * 1e-6, bytes_per_second=settings.link_gbps * 1e9 / 8)
             load = next(stage for stage in stages if (stage.stage, stage.variant) == ("load", bench.loader_kind))
             scaled = scaling(bench, settings.worker_counts, load.seconds / load.images, link, run)
-        loader = bench.loader_kind
+        loader, gradient_bytes = bench.loader_kind, bench.gradient_bytes
         del bench  # the runs that follow want the memory
         if settings.seeds:
             seeds = time_to_accuracy(config, settings.seeds, settings.split, settings.target, run)
@@ -66,6 +67,8 @@ def benchmark(settings: Benchmark) -> dict[str, Any]:
         "counts": prepared.counts,
         "batch_size": config.train.batch_size,
         "loader": loader,
+        "gradient_bytes": gradient_bytes,
+        "checkpoint_bytes": checkpoint_bytes,
         "ceiling": ceiling,
         "stages": [stage.to_dict(ceiling["flops_per_second"]) for stage in stages],
         "operators": operators,

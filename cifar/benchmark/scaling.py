@@ -88,9 +88,8 @@ def scaling(bench: Bench, counts: Sequence[int], load_per_image: float, link: Li
     measured = [measure(config, count, replace(run, gpu=gpus > 0)) for count in counts]
     add_efficiency(measured)
     fixed, per_image = fit_compute([(p["images"], p["seconds"]) for p in points])
-    gradient_bytes = sum(p.numel() * p.element_size() for p in bench.training.network.parameters() if p.requires_grad)
     per_image += load_per_image
-    model = StepModel(fixed=fixed, per_image=per_image, gradient_bytes=gradient_bytes, link=link)
+    model = StepModel(fixed=fixed, per_image=per_image, gradient_bytes=bench.gradient_bytes, link=link)
     # Workers that share a node's cores are slower for another reason than the link.
     apart = [m for m in measured if "error" not in m and m["workers"] <= max(gpus, len(nodes))]
     model = replace(model, link=fit_link(model, batch_size, {m["workers"]: m["step_seconds"] for m in apart}))

@@ -40,6 +40,11 @@ class Benchmark:
     """Bandwidth in Gbit/s, each way, that predictions take for the link between two workers where none was measured."""
     link_latency_us: float = 50.0
     """Microseconds that a message takes on that link."""
+    cost: str = ""
+    """A benchmark.json that was written before, on the machine or on a GPU like those to come: instead of measuring,
+    predict from it what the run costs on 1 to 512 GPUs."""
+    assume: dict[str, float] = field(default_factory=dict)
+    """For --cost: assumptions by name and value, such as images 1e8 gpu_hour 2.5; --cost alone lists them all."""
     storage: str = ""
     """Folder or URI that keeps the runs, in a new folder of its own; every node must be able to write it. Empty: a
     temporary folder of this machine."""
@@ -57,6 +62,7 @@ class Benchmark:
             re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.workers) is not None,
             f"--workers {self.workers}: give counts with commas between them, such as 1,2,4",
         )
+        _require(bool(self.cost) or not self.assume, "--assume: says nothing without --cost FILE")
         self.config()  # refuses groups that contradict each other
 
     @classmethod

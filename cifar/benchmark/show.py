@@ -28,13 +28,13 @@ def show(result: dict[str, Any]) -> None:
         f"{result['loader']} data"
     )
     console.print(
-        f"Ceiling: {_flops(ceiling['flops_per_second'])} in matrix products of {ceiling['side']}, "
-        f"{ceiling['precision']} (median of {ceiling['n']}; before {_flops(ceiling['before'])}, "
-        f"after {_flops(ceiling['after'])}, best {_flops(ceiling['best'])})"
+        f"Ceiling: {flops(ceiling['flops_per_second'])} in matrix products of {ceiling['side']}, "
+        f"{ceiling['precision']} (median of {ceiling['n']}; before {flops(ceiling['before'])}, "
+        f"after {flops(ceiling['after'])}, best {flops(ceiling['best'])})"
     )
     console.print(_stages(result["stages"]))
     console.print("Busy time of a training step, by kind of operator:")
-    console.print(_columns(["", "share"], [[kind, f"{share:.1%}"] for kind, share in result["operators"].items()]))
+    console.print(columns(["", "share"], [[kind, f"{share:.1%}"] for kind, share in result["operators"].items()]))
     if result["seeds"]:
         _show_seeds(console, result["seeds"])
     if result["scaling"]:
@@ -48,16 +48,16 @@ def _stages(stages: Sequence[dict[str, Any]]) -> Table:
             [
                 "" if stage["stage"] == before else stage["stage"],
                 stage["variant"],
-                _seconds(stage["seconds"]),
-                f"{_seconds(stage['low'])} to {_seconds(stage['high'])}",
+                seconds(stage["seconds"]),
+                f"{seconds(stage['low'])} to {seconds(stage['high'])}",
                 str(stage["n"]),
                 _optional(stage["images_per_second"], "{:,.0f}"),
-                _optional(stage["flops_per_second"], "{}", _flops),
+                _optional(stage["flops_per_second"], "{}", flops),
                 _optional(stage["ceiling_share"], "{:.0%}"),
             ]
         )
         before = stage["stage"]
-    return _columns(["stage", " ", "median", "from, to", "n", "images/s", "FLOP/s", "of ceiling"], rows, texts=2)
+    return columns(["stage", " ", "median", "from, to", "n", "images/s", "FLOP/s", "of ceiling"], rows, texts=2)
 
 
 def _show_seeds(console: Console, seeds: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def _show_seeds(console: Console, seeds: dict[str, Any]) -> None:
         for run in seeds["runs"]
     ]
     target = f"to {seeds['target']:g}" if seeds["target"] else ""
-    console.print(_columns(["seed", "accuracy", "training", "evaluation", "both", "fit()", target], rows, texts=1))
+    console.print(columns(["seed", "accuracy", "training", "evaluation", "both", "fit()", target], rows, texts=1))
     for name, form in (("accuracy", "{:.4f}"), ("train_seconds", "{:.1f} s"), ("seconds", "{:.1f} s")):
         console.print(f"{name.replace('_', ' ')}: {_statistics(seeds[name], form)}")
     if seeds["target"]:
@@ -98,9 +98,9 @@ def _show_scaling(console: Console, scaling: dict[str, Any]) -> None:
         f"Workers, {scaling['batch_size']} images a step together at {scaling['image_size']} pixels; the cluster has "
         f"{scaling['nodes']} node(s), {scaling['cpus']:g} CPU, {scaling['gpus']} GPU, and workers on a node share its "
         "cores. What is predicted is a prediction, for workers that each have a processor like the one measured: "
-        f"{_seconds(model['fixed'])} a step and {_seconds(model['per_image'])} an image, "
+        f"{seconds(model['fixed'])} a step and {seconds(model['per_image'])} an image, "
         f"{model['gradient_bytes'] / 1e6:.2f} MB of gradients over {link['bytes_per_second'] * 8e-9:.3g} Gbit/s and "
-        f"{_seconds(link['latency'])} a message ({link['source']})."
+        f"{seconds(link['latency'])} a message ({link['source']})."
     )
     measured = {m["workers"]: m for m in scaling["measured"]}
     predicted = {p["workers"]: p for p in scaling["predicted"]}
@@ -116,13 +116,13 @@ def _show_scaling(console: Console, scaling: dict[str, Any]) -> None:
         )
     heads = ["workers", "images/s", "speed-up", "efficiency", "images/s", "efficiency", "step", "all-reduce", "epoch"]
     titled = [heads[0], *(f"{'measured' if n < 3 else 'predicted'}\n{head}" for n, head in enumerate(heads[1:]))]
-    console.print(_columns(titled, rows, texts=1))
+    console.print(columns(titled, rows, texts=1))
     for m in scaling["measured"]:
         if "error" in m:
             console.print(f"{m['workers']} workers were not measured: {m['error']}")
 
 
-def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> Table:
+def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> Table:
     """The first `texts` columns hold text, the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for number, head in enumerate(heads):
@@ -136,14 +136,14 @@ def _optional(value: Any, form: str, via: Any = None, missing: str = "") -> str:
     return missing if value is None else form.format(via(value) if via else value)
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
     return f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
 
 
-def _flops(value: float) -> str:
+def flops(value: float) -> str:
     return f"{value / 1e12:.2f} T" if value >= 1e12 else f"{value / 1e9:.3g} G"
 
 
@@ -151,7 +151,7 @@ _MEASURED = (("images_per_second", "{:,.0f}"), ("speedup", "{:.2f}"), ("efficien
 _PREDICTED = (
     ("images_per_second", "{:,.0f}", None),
     ("efficiency", "{:.0%}", None),
-    ("step_seconds", "{}", _seconds),
-    ("all_reduce_seconds", "{}", _seconds),
-    ("epoch_seconds", "{}", _seconds),
+    ("step_seconds", "{}", seconds),
+    ("all_reduce_seconds", "{}", seconds),
+    ("epoch_seconds", "{}", seconds),
 )

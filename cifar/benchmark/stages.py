@@ -97,6 +97,11 @@ class Bench:
         classes = len(self.prepared.classes)
         return Stepper(self.config, training or self.training, classes, self.num_batches, self.device)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """What workers exchange at each step."""
+        return sum(p.numel() * p.element_size() for p in self.training.network.parameters() if p.requires_grad)
+
     def ceiling(self) -> list[float]:
         """FLOP/s of matrix products in the precision that the run trains in."""
         return matrix_product_rates(self._dtype(), self.device, self.budget / 2)
@@ -176,8 +181,7 @@ class Bench:
             saving.append(saved_at - started_at)
             shutil.rmtree(folder, ignore_errors=True)
             shutil.move(saved, folder)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        variant = f"{size / 2**20:.1f} MiB"
+        variant = f"{folder_bytes(folder) / 2**20:.1f} MiB"
         return [Stage.of("checkpoint save", variant, saving), Stage.of("checkpoint load", variant, loading)]
 
     def evaluation(self, model: Path) -> list[Stage]:
@@ -299,6 +303,10 @@ def time_steps(stepper: Stepper, batches: Iterator[Batch], size: int, budget: fl
             measured[part].append(watch.seconds[part])
         measured["step"].append(sum(watch.seconds.values()))
     return measured
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _encode(image: np.ndarray, kind: str) -> bytes:

@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
+UPLOADED = "/working_dir_files/"
+"""Part of the path of a working folder that Ray unpacked."""
 
 
 class Arrays(NamedTuple):
@@ -201,8 +203,17 @@ def to_arrays(table: pa.Table) -> Arrays:
 
 
 def absolute(path: str) -> str:
-    """A path that means the same in every process, whatever its working folder; URIs already do."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """A path that means the same in every process, whatever its working folder; URIs already do.
+
+    The working folder of `ray job submit` is a copy that Ray deletes. A relative path that is not in it is one of
+    $CIFAR_STORAGE, a folder or URI, or of ~/cifar.
+    """
+    if "://" in path:
+        return path
+    path = os.path.expanduser(path)
+    if UPLOADED in os.getcwd() and not os.path.isabs(path) and not os.path.exists(path):
+        return join(absolute(os.environ.get("CIFAR_STORAGE") or "~/cifar"), os.path.normpath(path))
+    return os.path.abspath(path)
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:

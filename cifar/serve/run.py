@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from ray import serve
 
 from cifar.cluster import start_ray
 from cifar.config import ConfigError, RunFailed
+from cifar.data.prepared import absolute
 from cifar.serve.config import ServeConfig
 from cifar.serve.deployment import make_deployment
 from cifar.serve.keys import check_host, read_keys
-from cifar.store import find_model
+from cifar.store import find_model, model_path
 
 APP = "cifar"
 STOP_SECONDS = 3
@@ -43,6 +45,8 @@ def serving(config: ServeConfig, host: str, port: int) -> Iterator[Started]:
     check_host(host, keys, config.insecure)
     with find_model(config.model, config.store):  # a mistake is said here, in one line, not by a replica
         pass
+    # A replica may have another working folder.
+    config = replace(config, model=model_path(config.model) or config.model, store=absolute(config.store))
     own = not os.environ.get("RAY_ADDRESS")
     with ExitStack() as stack:
         if own:
