@@ -68,6 +68,7 @@ class Hosts:
         self._cpus, self._store = cpus, store_mb << 20
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pids: dict[str, int] = {}
+        self._drivers: list[subprocess.Popen[bytes]] = []
         self._silent: set[str] = set()
         self._noticed: set[str] = set()
         self._stack = ExitStack()
@@ -102,7 +103,7 @@ class Hosts:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        for process in self._processes.values():
+        for process in [*self._drivers, *self._processes.values()]:
             process.wait(60)
 
     def joined(self, name: str) -> int:
@@ -112,7 +113,7 @@ class Hosts:
     def run(self, command: list[str], log: IO[bytes] | None = None, **env: str) -> subprocess.Popen[bytes]:
         """A driver on the head, in the project's folder, which writes both outputs to the log."""
         process = self._on("head", command, stdout=log, stderr=log, env={**self.env, "RAY_ADDRESS": GCS, **env})
-        self._stack.callback(self._end, process)
+        self._drivers.append(process)
         return process
 
     def processes(self, name: str, title: str) -> list[int]:
@@ -148,7 +149,9 @@ class Hosts:
         self._noticed.add(name)
 
     def mend(self) -> None:
-        """All hosts in the cluster, whatever happened to them."""
+        """All hosts in the cluster, whatever happened to them, and no driver."""
+        while self._drivers:
+            self._end(self._drivers.pop())
         for name in [*self._silent, *self._noticed]:
             self.kill(name)
         for name in self.names:
