@@ -306,9 +306,9 @@ class Config:
                 " ".join(map(str, self.model.widths)),
                 f"every group halves --image-size {self.data.image_size}; use fewer groups",
             )
-        for workers in self.worker_counts:
+        for workers in dict.fromkeys((*self._worker_range[:1], *self._worker_range[-1:])):
             _require(
-                self.train.batch_size % (workers * self.optim.accumulate) == 0,
+                self._divides_among(workers),
                 "batch-size",
                 self.train.batch_size,
                 f"does not divide among {workers} workers{' times --accumulate' * (self.optim.accumulate > 1)}; "
@@ -316,12 +316,20 @@ class Config:
             )
 
     @property
-    def worker_counts(self) -> range:
-        """The counts of workers that the run may have; empty for `auto` and for this process."""
+    def worker_counts(self) -> list[int]:
+        """The counts of workers that the run may have, of its range those that share a batch evenly; empty for `auto`
+        and for this process."""
+        return [count for count in self._worker_range if self._divides_among(count)]
+
+    @property
+    def _worker_range(self) -> range:
         if self.run.workers in ("auto", "0"):
             return range(0)
         low, _, high = self.run.workers.partition(":")
         return range(int(low), int(high or low) + 1)
+
+    def _divides_among(self, workers: int) -> bool:
+        return self.train.batch_size % (workers * self.optim.accumulate) == 0
 
     def with_batch_size(self, rows: int) -> "Config":
         """For `--batch-size 0` the config with the batch size that suits `rows` training images; else this one."""
@@ -332,13 +340,16 @@ class Config:
         return dataclasses.replace(self, train=dataclasses.replace(self.train, batch_size=batch_size))
 
     def _divisible_batch_size(self) -> int:
-        """The nearest batch size that all counts of workers can share."""
+        """The nearest batch size that is not refused."""
         return max(round(self.train.batch_size / self._shares), 1) * self._shares
 
     @property
     def _shares(self) -> int:
-        """What the batch size must be a multiple of."""
-        return math.lcm(*self.worker_counts) * self.optim.accumulate
+        """What the batch size is best a multiple of: all counts, or, if that is too much, the first and the last."""
+        shares = math.lcm(*self._worker_range) * self.optim.accumulate
+        if shares > LARGEST_BATCH:
+            shares = math.lcm(*self._worker_range[:1], *self._worker_range[-1:]) * self.optim.accumulate
+        return shares
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types."""

@@ -1,9 +1,19 @@
 """What differs between the places where a training worker runs: Ray Train, a Tune trial, this process."""
 
+from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
+
+
+class Wish(Enum):
+    """What the cluster wants of a run."""
+
+    NOTHING = 0
+    CHECKPOINT = 1
+    LEAVE = 2
+    """A node will be taken away: write a checkpoint and end, to go on elsewhere."""
 
 
 class Context(Protocol):
@@ -17,8 +27,12 @@ class Context(Protocol):
         """Hand over a report; all workers call it equally often. The checkpoint's folder is then the receiver's."""
         ...
 
-    def preempted(self) -> bool:
-        """Whether a node of this run will be taken away; all workers call it equally often."""
+    def wish(self) -> Wish:
+        """Cheap. May reach one worker before the others; a checkpoint fulfils it."""
+        ...
+
+    def leave(self) -> NoReturn:
+        """Wait until what was reported is safe, and end this worker by an exception; all workers do."""
         ...
 
     def doing(self, what: str, waits: bool = False) -> None:

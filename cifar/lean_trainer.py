@@ -1,12 +1,15 @@
 """Ray Train's data-parallel trainer without what our runs do not use, each piece of which starts a process."""
 
 import os
+from collections.abc import Sequence
 
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from cifar.elastic import Committed, Growth, Patience
 
 # Its actor serves datasets that were given to the trainer.
 UNUSED = {"DatasetsCallback"}
@@ -20,18 +23,27 @@ class LeanTrainer(DataParallelTrainer):
 
     noted_as = ""
     """Name under which `release_workers` finds what the workers hold."""
+    worker_counts: Sequence[int] = ()
+    """Of an elastic run, those that its batch divides among."""
 
     def fit(self):
         # The controller is going to ask for this actor, and would wait for its process: let both start at once.
         get_or_create_autoscaling_coordinator()
         return super().fit()
 
+    def _initialize_and_run_controller(self, **parts):
+        assert self.run_config.failure_config is not None
+        parts["failure_policy"] = Patience(self.run_config.failure_config)
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = Growth(self.scaling_config, self.worker_counts)
+        return super()._initialize_and_run_controller(**parts)
+
     def _create_default_callbacks(self):
         unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_ON_OWN_CLUSTER
         callbacks = super()._create_default_callbacks()
         assert unused <= {type(callback).__name__ for callback in callbacks}, "another version of Ray"
         callbacks = [callback for callback in callbacks if type(callback).__name__ not in unused]
-        return [*callbacks, PlacementNote(self.noted_as)] if self.noted_as else callbacks
+        return [*callbacks, Committed(), *([PlacementNote(self.noted_as)] if self.noted_as else [])]
 
 
 class PlacementNote(WorkerGroupCallback):

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import torch
 from cifar.checkpoints import Checkpoints
 from cifar.cluster import choose_loader
 from cifar.config import Config, ConfigError
-from cifar.context import Context
+from cifar.context import Context, Wish
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches, read_stream
 from cifar.data.prepared import Arrays, Prepared, exists, join
 from cifar.progress import Display
@@ -97,8 +97,11 @@ class LocalContext:
         self._restarted = False
         self._copy_best()
 
-    def preempted(self) -> bool:
-        return False
+    def wish(self) -> Wish:
+        return Wish.NOTHING
+
+    def leave(self) -> NoReturn:
+        raise NotImplementedError("nobody wishes it here")
 
     def doing(self, what: str, waits: bool = False) -> None:
         pass  # nobody waits for this worker

@@ -11,23 +11,26 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2._internal.execution.context import get_train_context
 
 from cifar.config import ConfigError, RunFailed
-from cifar.context import Context
+from cifar.context import Context, Wish
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
 from cifar.data.prepared import MANIFEST, Arrays
 from cifar.data.shares import share
 from cifar.data.stream import ray_stream
+from cifar.elastic import Leaving, checkpoint_wanted
 from cifar.machine import usable_cpus
 from cifar.probe import require_room, require_seen
 from cifar.progress import Mailbox
@@ -36,6 +39,10 @@ from cifar.run_dir import RunDir
 from cifar.waiting import Pulse
 from cifar.worker import train_worker
 
+GROUP_TIMEOUT = timedelta(minutes=5)
+"""Within which all workers come to an exchange that one has come to. A worker that dies, and a node whose link is cut,
+are noticed by Ray, and much sooner; this ends the wait for one that hangs, or that all but its peers can reach. Longer
+than anything that one of them does alone: compiling, writing a checkpoint, waiting for data that are read anew."""
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -80,7 +87,6 @@ class RayContext:
         if self.checkpoint is not None:
             require_room(job.run_path, self.checkpoint)  # else each restart would train until the next one
         self._run_path = job.run_path
-        self._watches_preemption = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"
         logging.getLogger("cifar.data.remote").addHandler(Notices(job.run_path))
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
@@ -97,9 +103,12 @@ class RayContext:
                 probe.bind(("", 0))
                 address = f"tcp://{own}:{probe.getsockname()[1]}"
         address = broadcast_from_rank_zero(address)
-        dist.init_process_group(backend, init_method=address, rank=self.rank, world_size=self.world_size)
+        dist.init_process_group(
+            backend, init_method=address, rank=self.rank, world_size=self.world_size, timeout=GROUP_TIMEOUT
+        )
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        checkpoint_wanted.clear()
         if checkpoint is not None:
             require_room(self._run_path, checkpoint)
         ray.train.report(
@@ -109,8 +118,15 @@ class RayContext:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def preempted(self) -> bool:
-        return self._watches_preemption and ray.train.get_preemption_info() is not None
+    def wish(self) -> Wish:
+        # Ray's public get_preemption_info() is a barrier over all workers, through an actor: 2 ms each time.
+        if get_train_context().preemption_context.preemption_info is not None:
+            return Wish.LEAVE
+        return Wish.CHECKPOINT if checkpoint_wanted.is_set() else Wish.NOTHING
+
+    def leave(self) -> NoReturn:
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        raise Leaving("a node of this run is about to be taken away")
 
     def doing(self, what: str, waits: bool = False) -> None:
         self._pulse.doing(what, waits)

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from cifar.ray_job import Job
 
 MAX_FAILURES = 5
-"""Deaths of workers that a run survives; a preempted node does not count."""
+"""Deaths of workers without a checkpoint in between that a run survives; a node that gave notice does not count."""
+RESIZE_SECONDS = 20
+"""How often an elastic run looks for room for more workers; each time that it grows, it starts again for some 10 s."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,15 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
     `callbacks` are Ray Train's. Who gives some may end this process in the middle, as Tune does, and then has to call
     `release_workers` with the run's path.
     """
-    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import (
+        BackendConfig,
+        CheckpointConfig,
+        FailureConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+        WorkerGroupError,
+    )
 
     from cifar.lean_trainer import LeanTrainer
     from cifar.ray_job import run_worker
@@ -141,6 +151,9 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
             num_workers=(plan.min_workers, plan.max_workers) if plan.elastic else plan.max_workers,
             use_gpu=bool(plan.gpus_per_worker),
             resources_per_worker=plan.resources,
+            # Without GPUs workers share a node's cores: they had better not pack.
+            placement_strategy="PACK" if plan.gpus_per_worker else "SPREAD",
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             storage_path=root,
@@ -152,10 +165,14 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         ),
     )
     trainer.noted_as = run_dir.path if callbacks else ""
+    trainer.worker_counts = job.config.worker_counts
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
-        raise RunFailed(f"{run_dir.path}: {first_cause(error)}") from error
+        often = (
+            f", {MAX_FAILURES + 1} times without a checkpoint in between" if isinstance(error, WorkerGroupError) else ""
+        )
+        raise RunFailed(f"{run_dir.path}: {first_cause(error)}{often}") from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise RunFailed(f"{run_dir.path}: {summary['error']}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar.config import Config, RunFailed
-from cifar.context import Context
+from cifar.context import Context, Wish
 from cifar.data.loader import Batch, Choose, Loader
 from cifar.data.prepared import Arrays, Prepared
 from cifar.loop import evaluate, train_epoch
@@ -26,8 +26,8 @@ from cifar.metrics import Totals
 from cifar.selection import epoch_batches
 from cifar.training import Position, Training, build_training, compile_ahead, load_checkpoint, save_checkpoint
 
-AGREE_STEPS = 16
-"""Steps between the points where several workers agree on stopping; asking at each step would cost a round trip."""
+AGREE_SECONDS, MOST_AGREE_STEPS = 0.5, 64
+"""How often several workers agree on stopping and on checkpoints; asking at each step would cost a round trip."""
 SHOW_SECONDS = 0.5
 
 T = TypeVar("T")
@@ -96,7 +96,8 @@ class Worker:
         self._run_started_at = time.perf_counter() - position.train_seconds
         self._epoch_started_at, self._shown_at = 0.0, 0.0
         self._resumed_at, self._seconds = 0, 0.0
-        self._out_of_time, self._warned = False, False
+        self._out_of_time, self._wish = False, Wish.NOTHING
+        self._agreed_after, self._agreed_at, self._agree_steps = 0, 0.0, 1
         self._alone = context.world_size == 1
         if not self._alone:
             # The first parameters get their gradients last; what is left of the step is the exchange with the others.
@@ -126,8 +127,8 @@ class Worker:
         self.totals = Totals.zeros(self.context.device)
         if self.context.rank == 0:
             self.totals.sums += self.totals.sums.new_tensor(position.sums)
-        self._resumed_at = position.step
-        self._epoch_started_at = time.perf_counter()
+        self._resumed_at = self._agreed_after = position.step
+        self._epoch_started_at = self._agreed_at = time.perf_counter()
         train_epoch(
             training.model,
             training.optimizer,
@@ -193,6 +194,7 @@ class Worker:
             "val_loss": val_result["loss"],
             "val_accuracy": val_result["accuracy"],
             "val_count": val_result["count"],
+            "workers": self.context.world_size,
             "lr": self.training.optimizer.param_groups[0]["lr"],
             "images_per_second": images / self._seconds,
             "seconds": self._seconds,
@@ -222,27 +224,36 @@ class Worker:
             return False
         # Asking waits for the device. A GPU that has no other to agree with is let run on until progress is shown; on a
         # CPU it costs nothing, so that the very step at which the loss breaks is named.
-        if (show or self.context.device.type == "cpu") if self._alone else steps_done % AGREE_STEPS == 0:
+        due = show or self.context.device.type == "cpu"
+        if due if self._alone else steps_done >= self._agreed_after + self._agree_steps:
             self._agree()
-        if steps_done % AGREE_STEPS == 0 and not self._warned and self.context.preempted():
-            self._warned = True
-            self._checkpoint()
         every = self.config.train.checkpoint_steps
-        if every and steps_done % every == 0:
+        if self._wish is not Wish.NOTHING or (every and steps_done % every == 0):
             self._checkpoint()
+        if self._wish is Wish.LEAVE:
+            self.context.leave()
+        self._wish = Wish.NOTHING
         return self._out_of_time
 
     def _agree(self) -> None:
-        """Stop or fail at the same step everywhere: workers that disagree would wait for each other for ever."""
-        budget = self.config.train.max_minutes * 60
-        out_of_time = bool(budget) and time.perf_counter() - self._run_started_at >= budget
+        """Stop, fail or write a checkpoint at the same step everywhere: workers that disagree would wait for each other
+        for ever."""
+        budget, now = self.config.train.max_minutes * 60, time.perf_counter()
+        out_of_time = bool(budget) and now - self._run_started_at >= budget
+        wish = self.context.wish()
         seen = self.totals.sums[:1]
-        if self.context.world_size > 1:
-            seen = torch.cat([seen, seen.new_full((1,), float(out_of_time))])
+        if not self._alone:
+            # By the clock of rank 0, to which the others add nothing: the steps until they meet again.
+            steps, seconds = self.position.step - self._agreed_after, now - self._agreed_at
+            pause = min(max(AGREE_SECONDS * steps // seconds, 1), MOST_AGREE_STEPS) if self.context.rank == 0 else 0
+            seen = torch.cat([seen, seen.new_tensor([out_of_time, wish is Wish.CHECKPOINT, wish is Wish.LEAVE, pause])])
             dist.all_reduce(seen)
-            out_of_time = seen[1].item() > 0
+            _, late, checkpoint, leave, pause = seen.tolist()  # waits for the device
+            out_of_time = late > 0
+            wish = Wish.LEAVE if leave else Wish.CHECKPOINT if checkpoint else Wish.NOTHING
+            self._agreed_after, self._agreed_at, self._agree_steps = self.position.step, time.perf_counter(), int(pause)
         self._require_finite(seen)
-        self._out_of_time = out_of_time
+        self._out_of_time, self._wish = out_of_time, wish
 
     def _checkpoint(self) -> None:
         """In mid-epoch: what has no val accuracy yet never counts as the best."""
@@ -282,6 +293,7 @@ class Worker:
                 "epochs": self.config.train.epochs,
                 "step": self.position.step,
                 "steps": self.num_batches,
+                "workers": self.context.world_size,
                 "train_loss": loss / max(count, 1),
                 "train_accuracy": correct / max(count, 1),
                 "images_per_second": steps * self.config.train.batch_size / (now - self._epoch_started_at),

@@ -482,8 +482,8 @@ def test_an_object_store_holds_input_and_output(tmp_path: Path, parquet: Path, m
     [
         ([{"CPU": 1}], "auto", (1, 0.5, 0, 0.5)),
         ([{"CPU": 2}], "auto", (2, 0.5, 0, 1)),
-        ([{"CPU": 8}, {"CPU": 8}], "auto", (8, 1, 0, 1)),
-        ([{}, {"CPU": 1}, {"CPU": 1}], "auto", (2, 0.5, 0, 0.5)),
+        ([{"CPU": 8}, {"CPU": 8}], "auto", (8, 0.01, 0, 1)),
+        ([{}, {"CPU": 1}, {"CPU": 1}], "auto", (2, 0.01, 0, 0.5)),
         ([{"CPU": 16, "GPU": 4}], "auto", (4, 1, 1, 1)),
         ([{"CPU": 2, "GPU": 4}], "auto", (4, 0.25, 1, 1)),
         ([{"CPU": 16, "GPU": 4}], "cpu", (4, 3, 0, 1)),

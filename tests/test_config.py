@@ -79,6 +79,16 @@ def test_contradicting_flags_are_refused_at_once(changes: dict[str, Any], messag
         Config(**changes)
 
 
+def test_a_run_has_as_many_workers_as_its_batch_divides_among() -> None:
+    def counts(workers: str, batch_size: int = 500) -> list[int]:
+        return Config(run=RunConfig(workers=workers), train=TrainConfig(batch_size=batch_size)).worker_counts
+
+    assert counts("auto") == counts("0") == []
+    assert counts("2") == [2]
+    assert counts("1:5") == [1, 2, 4, 5]
+    assert counts("16:64", 512) == [16, 32, 64]
+
+
 def test_an_unknown_key_is_refused_and_a_missing_one_means_its_default() -> None:
     """A model that was published before a setting existed stays readable."""
     values = Config().to_dict()
@@ -99,7 +109,14 @@ def test_wrong_type_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "workers", "accumulate", "expected"),
-    [(45_000, "auto", 1, 500), (396, "auto", 1, 49), (3, "0", 1, 1), (396, "1:3", 1, 48), (45_000, "3", 4, 492)],
+    [
+        (45_000, "auto", 1, 500),
+        (396, "auto", 1, 49),
+        (3, "0", 1, 1),
+        (396, "1:3", 1, 48),
+        (45_000, "3", 4, 492),
+        (45_000, "1:64", 1, 448),
+    ],
 )
 def test_batch_size_0_suits_the_data_and_divides_among_the_workers(
     rows: int, workers: str, accumulate: int, expected: int

@@ -19,7 +19,7 @@ LAYERS = [
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir", "probe"},
     {"autoscaler", "cluster", "local_nodes", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
-    {"local", "ray_job", "ray_worker", "worker", "lean_trainer", "evaluate", "export"},
+    {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},
     {"tune"},
     {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cifar.config import Config, ConfigError, DataConfig, RunConfig, RunFailed
+from cifar.context import Wish
 from cifar.data import Prepared
 from cifar.local import LocalContext
 from cifar.loop import epoch_size, resize
@@ -217,19 +219,34 @@ def test_time_budget_holds_in_epochs_of_one_step(here: Config) -> None:
     assert run.stopped.startswith("time budget spent")
 
 
-def test_preemption_notice_writes_one_checkpoint_at_once(here: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In mid-epoch, and no second one for the same notice; it never counts as the best."""
-    reported: list[dict[str, Any]] = []
+@pytest.mark.parametrize("wish", [Wish.CHECKPOINT, Wish.LEAVE])
+def test_what_the_cluster_wishes_is_done_in_mid_epoch_at_once(
+    here: Config, monkeypatch: pytest.MonkeyPatch, wish: Wish
+) -> None:
+    """One checkpoint, which never counts as the best, and then the end if it is to be one; the rest loses no step."""
+    config = named(here, "wish", batch_size=12, epochs=1)  # 33 steps
+    whole = fit(named(config, "whole"))
+    reported: list[tuple[int, bool]] = []
     report = LocalContext.report
 
     def record(self: LocalContext, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        reported.append(metrics)
+        reported.append((metrics["step"], metrics["score"] < 0))
         report(self, metrics, checkpoint)
 
+    def wished(self: LocalContext) -> Wish:
+        return wish if not reported else Wish.NOTHING
+
+    def leave(self: LocalContext) -> NoReturn:
+        raise Interrupted
+
     monkeypatch.setattr(LocalContext, "report", record)
-    monkeypatch.setattr(LocalContext, "preempted", lambda self: True)
-    fit(named(here, "notice", batch_size=12, epochs=1))  # 33 steps
-    assert [(metrics["step"], metrics["score"] < 0) for metrics in reported] == [(16, True), (33, False)]
+    monkeypatch.setattr(LocalContext, "wish", wished)
+    monkeypatch.setattr(LocalContext, "leave", leave)
+    with pytest.raises(Interrupted) if wish is Wish.LEAVE else nullcontext():
+        fit(config)
+    assert reported[0] == (1, True)
+    assert_same_weights(fit(config), whole)
+    assert reported == [(1, True), (33, False)]
 
 
 @pytest.mark.slow

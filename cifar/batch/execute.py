@@ -24,6 +24,7 @@ HERE_PIXEL_BYTES = 32 << 20
 HERE_ENCODED_BYTES = 64 << 20
 MOST_ACTORS = 4
 """On a node without GPUs."""
+LEAST_CPUS = 0.01
 _AHEAD = 4
 """Decoded parts that wait for each actor, at most."""
 
@@ -66,7 +67,9 @@ def make_plan(nodes: Sequence[Mapping[str, float]], device: str, parts: int) -> 
     Several actors of few threads each are faster than one, whose threads wait for each other and for the one that has
     to share its core with decoding: 1.07 times on two cores without decoding (n=3), more with it. Each takes about a
     gigabyte. A CPU of every node, or the half of its only one, is left to decoding: actors that held them all would
-    wait for ever. ConfigError when the cluster has not what is asked for.
+    wait for ever. Where there are other nodes, actors of a lost one start again there beside those that they have, so
+    they hold next to nothing: Ray Data spreads them evenly without. ConfigError when the cluster has not what is asked
+    for.
     """
     from cifar.cluster import cpus_per_worker  # not above: it imports Ray, which small jobs do without
 
@@ -83,9 +86,13 @@ def make_plan(nodes: Sequence[Mapping[str, float]], device: str, parts: int) -> 
     each = cpus_per_worker(computing, actors, use_gpu, spare=decode_cpus)
     if not each:
         raise ConfigError(f"the cluster has no CPU for each of {actors} GPUs; start its nodes with more --num-cpus")
+    if use_gpu:
+        each = min(each, 1.0)
+    elif len(computing) > 1:
+        each = LEAST_CPUS
     return Plan(
         actors=actors,
-        actor_cpus=min(each, 1.0) if use_gpu else each,
+        actor_cpus=each,
         actor_gpus=int(use_gpu),
         decode_cpus=decode_cpus,
         # Not as many as there are actors: a part's last bits hang on the number of threads, and a resumed job that has

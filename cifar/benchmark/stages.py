@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from cifar.benchmark.measure import (
 from cifar.benchmark.step import PARTS, FlopMeter, Stepper, Stopwatch, mean_shares, operator_shares, steps_by_size
 from cifar.cluster import choose_loader
 from cifar.config import Config, RunConfig
+from cifar.context import Wish
 from cifar.data.decode import decode
 from cifar.data.loader import Batch, Loader, ResidentLoader, StreamingLoader, read_stream
 from cifar.data.prepared import Prepared
@@ -60,8 +61,11 @@ class Alone:
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         pass
 
-    def preempted(self) -> bool:
-        return False
+    def wish(self) -> Wish:
+        return Wish.NOTHING
+
+    def leave(self) -> NoReturn:
+        raise NotImplementedError("nobody wishes it here")
 
     def doing(self, what: str, waits: bool = False) -> None:
         pass
