@@ -62,6 +62,7 @@ def run_job(
     exception a traceback and 1, but for a full disk, which is one line too.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = False
     with _log_to_stderr():
         try:
             parsed, as_json = _parse(flags, argv, job.__doc__ or "")
@@ -75,6 +76,8 @@ def run_job(
             print(_plain(f"error: {error}"), file=sys.stderr)
             return BAD_USAGE
         except RunFailed as error:
+            if as_json and error.result is not None:
+                print(json.dumps(error.result))
             print(_plain(f"failed: {error}"), file=sys.stderr)
             return FAILED
         except BrokenPipeError:  # who reads stdout has left, as `head` does

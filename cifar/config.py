@@ -34,6 +34,9 @@ class ConfigError(ValueError):
 class RunFailed(RuntimeError):
     """A run broke off, and to repeat it would not help; the message says why and what to change."""
 
+    result: dict[str, Any] | None = None
+    """What the job prints for --json all the same."""
+
 
 def _require(condition: bool, flag: str, value: object, remedy: str) -> None:
     if not condition:

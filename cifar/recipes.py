@@ -110,7 +110,8 @@ def record95() -> Config:
 def record96() -> Config:
     """As `record95`, a little longer, with larger images and the rate that `record94` chose on val.
 
-    Its whole run is still to be measured.
+    On the way to 96 %: 95.42 % of the test images (seed 0, n=1) in 10,446 s of training on two cores that other work
+    shared; its fastest epochs of each size add up to about 4,700 s.
     """
     return Config(
         data=DataConfig(val_fraction=0.02),
@@ -118,6 +119,21 @@ def record96() -> Config:
         model=ModelConfig(widths=(128, 384, 512), depths=(3,), tta="shift"),
         optim=OptimConfig(lr=0.2, label_smoothing=0.1),
         train=TrainConfig(epochs=60, skip_easy=0.5, scales=_scales(*14 * [20], *18 * [24], *16 * [28], *12 * [32])),
+    )
+
+
+def record97() -> Config:
+    """As `record96`, of twice its widths and longer.
+
+    Never run, so that nobody knows yet how far it goes: 6.9 times the FLOPs of `record96`, about nine hours on those
+    two cores.
+    """
+    return Config(
+        data=DataConfig(val_fraction=0.02),
+        augment=AugmentConfig(crop_padding=4, cutout=12),
+        model=ModelConfig(widths=(256, 768, 1024), depths=(3,), tta="shift"),
+        optim=OptimConfig(lr=0.2, label_smoothing=0.1),
+        train=TrainConfig(epochs=100, skip_easy=0.5, scales=_scales(*20 * [20], *25 * [24], *25 * [28], *30 * [32])),
     )
 
 
@@ -141,6 +157,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "record94": record94,
     "record95": record95,
     "record96": record96,
+    "record97": record97,
     "notebook": notebook,
 }
 

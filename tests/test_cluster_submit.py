@@ -103,6 +103,19 @@ def test_data_to_predictions_by_submitted_jobs(cluster: Isolated) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.cluster
+def test_the_doctor_looks_from_outside_and_from_inside(cluster: Isolated) -> None:
+    log = cluster.run("python jobs/doctor.py --json", 200, CLIENT)
+    found = {finding["check"]: finding["level"] for finding in result_of(log, "findings")["findings"]}
+    assert found["nodes"] == found["plan"] == found["storage"] == found["Ray"] == found["working dir"] == "ok"
+    log = cluster.run("python jobs/doctor.py --workers 8 --json", 200, CLIENT, code=1)
+    assert "--workers 8: needs 8 CPUs" in log
+    log = cluster.run("python jobs/doctor.py", 60, {**CLIENT, "RAY_AUTH_MODE": "disabled"}, code=1)
+    assert "export RAY_AUTH_MODE=token" in log
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_submitted_sweep_and_a_service_that_stays(cluster: Isolated) -> None:
     log = submit(cluster, f"python jobs/tune.py {SMALL} --trials 2 --confirm 1,1 --search random --json")
     assert result_of(log, "sweep")["trials"] == {"completed": 2}

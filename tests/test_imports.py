@@ -22,7 +22,7 @@ LAYERS = [
     {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},
     {"tune"},
-    {"recipes", "cli", "benchmark"},  # benchmark trains and asks for answers, as a job does
+    {"recipes", "cli", "benchmark", "doctor"},  # benchmark trains and asks for answers, as a job does
 ]
 WITHOUT_RAY = [
     "config",
