@@ -68,7 +68,7 @@ def result_of(log: str, key: str) -> dict:
     return json.loads(lines[-1])
 
 
-SMALL = "--data digits --image-size 16 --widths 8 16 --epochs 2"
+SMALL = "--data digits --image-size 16 --widths 8 16 --depths 1 --scales 1 --epochs 2"
 
 
 @pytest.mark.ray
@@ -117,7 +117,7 @@ def test_the_doctor_looks_from_outside_and_from_inside(cluster: Isolated) -> Non
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_submitted_sweep_and_a_service_that_stays(cluster: Isolated) -> None:
-    log = submit(cluster, f"python jobs/tune.py {SMALL} --trials 2 --confirm 1,1 --search random --json")
+    log = submit(cluster, f"python jobs/tune.py {SMALL} --trials 2 --confirm 0 --scheduler none --json")
     assert result_of(log, "sweep")["trials"] == {"completed": 2}
     log = submit(cluster, "python jobs/serve.py --replicas 1")
     assert "serving: http://127.0.0.1:8000/" in log
