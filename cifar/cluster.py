@@ -87,7 +87,8 @@ class Plan:
         """Of one worker, by Ray's names."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": 1.0} if self.gpus_per_worker else {})
 
-    def __str__(self) -> str:
+    @property
+    def workers(self) -> str:
         count = f"{self.min_workers} to {self.max_workers}" if self.elastic else str(self.max_workers)
         holds = (
             f"{self.gpus_per_worker} GPU and {self.cpus_per_worker:g} CPU"
@@ -95,7 +96,10 @@ class Plan:
             else (f"{self.cpus_per_worker:g} CPU")
         )
         plural = "s" if self.max_workers > 1 else ""
-        return f"plan: {count} worker{plural} holding {holds} each, {self.loader} data ({self.reason})"
+        return f"{count} worker{plural} holding {holds} each"
+
+    def __str__(self) -> str:
+        return f"plan: {self.workers}, {self.loader} data ({self.reason})"
 
 
 def make_plan(

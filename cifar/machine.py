@@ -1,6 +1,7 @@
 """What of the machine belongs to this process, and how it holds its memory."""
 
 import ctypes
+import ipaddress
 import math
 import os
 import platform
@@ -103,3 +104,11 @@ def _quota(cgroup: Path) -> float:
         if quota > 0 and period > 0:  # version 1 writes no quota as -1
             return quota / period
     return os.cpu_count() or 1
+
+
+def is_loopback(host: str) -> bool:
+    """False also for what may or may not be, such as another name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

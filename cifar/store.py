@@ -247,9 +247,9 @@ class Store:
         """None for one that was deleted meanwhile."""
         where = join(self.path, f"{name}/{version}/{MANIFEST}")
         values = read_object(where, "delete the folder")
-        if values is None:
+        if values is None or "format" not in values:  # a manifest of something else, such as of predictions
             return None
-        if values.pop("format", None) != FORMAT:
+        if values.pop("format") != FORMAT:
             raise ConfigError(f"{where}: published by another version of cifar")
         try:
             found = Version(**values)

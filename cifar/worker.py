@@ -102,7 +102,8 @@ class Worker:
         if not self._alone:
             # The first parameters get their gradients last; what is left of the step is the exchange with the others.
             first = next(parameter for parameter in training.model.parameters() if parameter.requires_grad)
-            first.register_post_accumulate_grad_hook(lambda _: context.doing("exchanging gradients", waits=True))
+            first.register_post_accumulate_grad_hook(self._computed)
+            self._micro_batches = itertools.cycle(range(config.optim.accumulate - 1, -1, -1))
 
     @property
     def num_batches(self) -> int:
@@ -162,6 +163,11 @@ class Worker:
         totals.all_reduce()
         self._require_finite(totals.sums)
         return totals.result()
+
+    def _computed(self, _: Tensor) -> None:
+        """This worker's gradients of a micro-batch are complete; with the last one of a step they are exchanged."""
+        if not next(self._micro_batches):
+            self.context.doing("exchanging gradients", waits=True)
 
     def _told(self, batches: Iterable[T], where: str, start: int) -> Iterator[T]:
         """The batches, with a note of which one is loaded or computed."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -86,7 +87,9 @@ def s3_server() -> Iterator[str]:
             patch.setenv(name, value)
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
             patch.delenv(name, raising=False)
-        query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{server.get_host_and_port()[1]}&scheme=http"
+        host, port = server.get_host_and_port()
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()  # its objects are the process's
+        query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{port}&scheme=http"
         files, bucket = filesystem(f"s3://bucket{query}&allow_bucket_creation=true")
         files.create_dir(bucket)
         yield query

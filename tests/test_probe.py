@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,8 +70,9 @@ def two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     joined = None
     try:
+        ray_command = Path(sys.executable).with_name("ray")
         script = (
-            f"mount -t tmpfs none {own} && exec ray start --block --address {cluster.address} --num-cpus 1 "
+            f"mount -t tmpfs none {own} && exec {ray_command} start --block --address {cluster.address} --num-cpus 1 "
             "--object-store-memory 100000000 --disable-usage-stats"
         )
         joined = subprocess.Popen(

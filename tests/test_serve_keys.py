@@ -29,10 +29,11 @@ from starlette.websockets import WebSocketDisconnect
 from tritonclient.utils import InferenceServerException
 
 from cifar.config import ConfigError
+from cifar.machine import is_loopback
 from cifar.serve import keys as keys_module
 from cifar.serve.app import make_app
 from cifar.serve.config import ServeConfig
-from cifar.serve.keys import GENERATE, HEADER, OPEN, VARIABLE, Keys, check_host, is_loopback, read_keys
+from cifar.serve.keys import GENERATE, HEADER, OPEN, VARIABLE, Keys, check_host, read_keys
 from cifar.serve.service import Service
 from jobs import serve
 from tests.images import noise, png

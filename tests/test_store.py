@@ -12,6 +12,7 @@ import torch
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
 from cifar.data.prepared import filesystem, join, write_file
+from cifar.data.remote import StorageFailed
 from cifar.model_dir import ModelInfo, load_model, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
@@ -325,5 +326,5 @@ def test_storage_that_refuses_is_one_clear_error(
         assert message in shown
         assert "Traceback" not in shown
     monkeypatch.setattr("cifar.data.remote.PATIENCE_SECONDS", 1.0)
-    with pytest.raises(ConfigError, match="cannot be read"), find_model(f"s3://bucket/x{nobody}", str(tmp_path)):
+    with pytest.raises(StorageFailed, match="has not answered"), find_model(f"s3://bucket/x{nobody}", str(tmp_path)):
         pass

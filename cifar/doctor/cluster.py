@@ -131,8 +131,10 @@ def _list(nodes: Sequence[str]) -> str:
 
 def check_plan(config: Config) -> Finding:
     """Resources alone: how much the data weigh is known once they are prepared."""
+    if config.run.workers == "0":
+        return ok("plan", "--workers 0 trains in its own process")
     try:
-        return ok("plan", str(make_plan(config, 0, *cluster_nodes())).removeprefix("plan: "))
+        return ok("plan", make_plan(config, 0, *cluster_nodes()).workers)
     except ConfigError as error:
         return problem("plan", str(error))
 

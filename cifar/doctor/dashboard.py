@@ -1,6 +1,5 @@
 """The dashboard that jobs are submitted to: whether it answers, to whom, and of which version it is."""
 
-import ipaddress
 import json
 import os
 import stat
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from cifar.doctor.finding import Finding, ok, problem, warning
+from cifar.machine import is_loopback
 
 SECONDS = 5.0
 
@@ -112,10 +112,3 @@ def ask(address: str, token: str) -> Answer:
         return Answer(error.code, "")
     except (URLError, OSError, ValueError) as error:
         return Answer(0, str(getattr(error, "reason", error)))
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

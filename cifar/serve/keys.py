@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from cifar.config import ConfigError
+from cifar.machine import is_loopback
 from cifar.serve.limits import Receive, Scope, Send, refuse, replay
 from cifar.serve.metrics import Metrics
 
@@ -93,14 +93,6 @@ def check_host(host: str | None, keys: Keys | None, insecure: bool) -> None:
             f"--host {host}: other machines could use the service without a key; say --insecure, or give keys by "
             f"--api-key-file FILE or {VARIABLE}; make one by: {GENERATE}"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """False also for what may or may not be, such as another name."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 class Guard:
