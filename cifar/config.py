@@ -158,7 +158,7 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0 switches clipping off."""
     accumulate: int = 1
-    """Micro-batches per optimizer step; the batch size is that of the step."""
+    """Micro-batches per optimizer step; the batch size is that of the step. As many workers take the same steps."""
     average: Average = "none"
     """Averaged weights for evaluation: exponential moving average, or lookahead (Zhang 2019)."""
     average_decay: float = 0.99

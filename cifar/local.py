@@ -62,8 +62,8 @@ def train_here(
             return StreamingLoader(
                 prepared, read_stream(prepared), epochs=config.train.epochs, device=context.device, **common
             )
-        total = prepared.counts["train"]
-        return ResidentLoader(train.table, rows=train.numbers, total=total, device=context.device, **common)
+        common |= {"total": prepared.counts["train"], "micro_batches": config.optim.accumulate}
+        return ResidentLoader(train.table, rows=train.numbers, device=context.device, **common)
 
     def val_batches(context: Context) -> Iterator[Arrays]:
         return prepared.batches("val", EVALUATION_BATCH) if val is None else in_batches(*val)

@@ -182,8 +182,9 @@ def make_loader(job: Job, context: Context) -> Loader:
     if job.train is None:
         stream = ray_stream(prepared, config.augment, config.train.seed)
         return StreamingLoader(prepared, stream, epochs=config.train.epochs, **common)
-    total = prepared.counts["train"]
-    return ResidentLoader(job.train.read(*share(total, context.rank, context.world_size)), total=total, **common)
+    total, micro_batches = prepared.counts["train"], config.optim.accumulate
+    table = job.train.read(*share(total, context.rank, context.world_size, micro_batches))
+    return ResidentLoader(table, total=total, micro_batches=micro_batches, **common)
 
 
 def val_batches(job: Job, context: Context) -> Iterator[Arrays]:

@@ -119,8 +119,8 @@ class Worker:
         """What picks the images of this epoch; None for all."""
         if self.training.selection is None or self.num_batches == self.epoch_batches[0]:
             return None
-        per_worker = self.config.train.batch_size // self.context.world_size
-        return partial(self.training.selection.hardest, count=self.num_batches * per_worker)
+        per_part = self.config.train.batch_size // self.context.world_size // self.config.optim.accumulate
+        return partial(self.training.selection.hardest, count=self.num_batches * per_part)
 
     def train_epoch(self, batches: Iterable[Batch], augmented: bool) -> dict[str, float]:
         """The steps that are left of the epoch; loss and accuracy over all workers."""

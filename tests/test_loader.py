@@ -18,7 +18,9 @@ from cifar.data.stream import augment_table
 COLUMNS = ["image", "label", "index"]
 
 
-def make(prepared: Prepared, kind: str, rank: int = 0, world_size: int = 1, batch_size: int = 44) -> Loader:
+def make(
+    prepared: Prepared, kind: str, rank: int = 0, world_size: int = 1, batch_size: int = 44, micro_batches: int = 1
+) -> Loader:
     common = {
         "batch_size": batch_size,
         "seed": 3,
@@ -29,8 +31,9 @@ def make(prepared: Prepared, kind: str, rank: int = 0, world_size: int = 1, batc
     if kind == "streaming":
         return StreamingLoader(prepared, read_stream(prepared), epochs=5, **common)
     total = prepared.counts["train"]
-    start, stop = share(total, rank, world_size)
-    return ResidentLoader(prepared.table("train", COLUMNS).slice(start, stop - start), total=total, **common)
+    start, stop = share(total, rank, world_size, micro_batches)
+    table = prepared.table("train", COLUMNS).slice(start, stop - start)
+    return ResidentLoader(table, total=total, micro_batches=micro_batches, **common)
 
 
 def indices(batches: Iterable[Batch]) -> list[int]:
@@ -172,6 +175,26 @@ def test_augmented_by_the_data_stage_or_by_the_worker_is_the_same(prepared: Prep
             (rows,) = (changed.indices == index).nonzero()
             for row in rows:
                 assert (image.permute(1, 2, 0).numpy() == changed.images[row]).all()
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+def test_workers_take_the_micro_batches_of_one_worker(prepared: Prepared, fewer: bool) -> None:
+    """Also where an epoch leaves images out."""
+
+    def choose(of: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(len(of), dtype=torch.bool)
+        chosen[(of % 7).argsort(stable=True)[:50]] = True
+        return chosen
+
+    def micro_batches(workers: int) -> list[list[list[int]]]:
+        parts = 4 // workers
+        loaders = [make(prepared, "resident", rank, workers, micro_batches=parts) for rank in range(workers)]
+        epochs = [list(loader.epoch(1, 1, choose if fewer else None)) for loader in loaders]
+        batches = [torch.cat([batch.indices for batch in step]) for step in zip(*epochs, strict=True)]
+        return [batch.view(4, 11).tolist() for batch in batches]
+
+    assert len(micro_batches(1)) == (50 // 11 if fewer else 9) - 1
+    assert micro_batches(1) == micro_batches(2) == micro_batches(4)
 
 
 def test_a_loader_of_some_rows_gives_these_alone(prepared: Prepared) -> None:

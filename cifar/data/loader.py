@@ -3,7 +3,8 @@
 Both loaders give the same kind of batches for the same arguments: `epoch(number, start)` yields uint8 images
 (B, 3, S, S) in channels-last memory, int64 labels (B,) and int64 indices (B,), shuffled anew every epoch by the seed,
 all batches full. A worker's order depends on (seed, epoch, rank, number of workers) alone, so a run that resumes at
-(epoch, start) sees what it would have seen.
+(epoch, start) sees what it would have seen. From memory, each micro-batch draws from a share of the rows of its own, as
+a worker does: one worker with four micro-batches, two with two and four with one take the same steps.
 """
 
 import warnings
@@ -31,7 +32,7 @@ second."""
 OpenStream: TypeAlias = Callable[[list[tuple[int, RowRange]]], Generator[pa.Table]]
 """From row ranges, each with its epoch, to their tables."""
 Choose: TypeAlias = Callable[[Tensor], Tensor]
-"""From the indices of a worker's images, int64 (N,), to bool (N,)."""
+"""From the indices of the images that a micro-batch draws from, int64 (N,), to bool (N,): as many of each."""
 
 
 class Batch(NamedTuple):
@@ -65,8 +66,8 @@ class Loader(Protocol):
 class ResidentLoader:
     """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it.
 
-    `rows` picks some of the table's, int64 (n,). On a CPU a table of one chunk is used where it is, so that processes
-    that train on the same block of the object store share its pages.
+    `rows` picks some of the table's, int64 (n,); the `micro_batches` of a batch divide them. On a CPU a table of one
+    chunk is used where it is, so that processes that train on the same block of the object store share its pages.
     """
 
     chooses = True
@@ -81,6 +82,7 @@ class ResidentLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        micro_batches: int = 1,
         rows: np.ndarray | None = None,
     ):
         arrays = to_arrays(table)
@@ -91,18 +93,25 @@ class ResidentLoader:
         labels, indices = (torch.tensor(column, device=device) for column in (arrays.labels, arrays.indices))
         self._labels, self._indices = labels[self._rows], indices[self._rows]
         self.num_batches = num_batches(total, batch_size, world_size)
-        self._per_worker = batch_size // world_size
+        self._parts, self._per_part = micro_batches, batch_size // world_size // micro_batches
         self._seed, self._rank, self._device = seed, rank, device
 
     def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
-        order = torch.randperm(len(self._labels), generator=generator).to(self._device, non_blocking=True)
-        if choose is not None:
-            order = order[choose(self._indices)[order]]
-        for number in range(start, min(len(order) // self._per_worker, self.num_batches)):
-            rows = order[number * self._per_worker : (number + 1) * self._per_worker]
+        orders = torch.stack([self._order(epoch, part, choose) for part in range(self._parts)])
+        for number in range(start, min(orders.shape[1] // self._per_part, self.num_batches)):
+            rows = orders[:, number * self._per_part : (number + 1) * self._per_part].flatten()
             images = self._images[self._rows[rows].to(self._images.device)].to(self._device, non_blocking=True)
             yield Batch(images.permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
+
+    def _order(self, epoch: int, part: int, choose: Choose | None) -> Tensor:
+        """Rows of the worker's share that one of its micro-batches goes by, int64 (n,)."""
+        seed = derive_seed(self._seed, epoch, self._rank * self._parts + part, "order")
+        rows = len(self._labels) // self._parts
+        order, first = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)), part * rows
+        order = order.to(self._device, non_blocking=True)
+        if choose is not None:
+            order = order[choose(self._indices[first : first + rows])[order]]
+        return order + first
 
     def sample(self, count: int) -> Tensor:
         return self._images[self._rows[:count].to(self._images.device)].to(self._device).permute(0, 3, 1, 2)

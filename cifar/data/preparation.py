@@ -105,7 +105,9 @@ def _make(source: Source, config: DataConfig, fingerprint: str, start_ray: Calla
     train_labels = rows.labels[rows.splits == TRAIN]
     if source.parquet and (np.diff(train_labels) >= 0).all():
         logger.warning(
-            "--data %s: rows come sorted by class; a streamed run learns better from shuffled files", source.name
+            "--data %s: rows come sorted by class; a streamed run, and one of several workers or with --accumulate, "
+            "learns better from shuffled files",
+            source.name,
         )
     with _new_folder(_set_path(fingerprint)) as folder:
         summaries = _convert_all(rows, config, folder, start_ray)

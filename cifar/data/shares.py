@@ -3,9 +3,12 @@
 from cifar.config import ConfigError
 
 
-def share(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and last+1 row of the rank's share of `total` rows: equal shares, what does not divide is left out."""
-    rows = total // world_size
+def share(total: int, rank: int, world_size: int, micro_batches: int = 1) -> tuple[int, int]:
+    """First and last+1 row of the rank's share of `total` rows: equal shares, what does not divide is left out.
+
+    A share is that of as many `micro_batches`, so that two workers of one and one worker of two divide the rows alike.
+    """
+    rows = total // (world_size * micro_batches) * micro_batches
     return rank * rows, (rank + 1) * rows
 
 
