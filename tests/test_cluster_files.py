@@ -307,7 +307,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 def test_every_command_says_flags_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(commands())
-    assert {job for job, _ in found} == {"jobs/train.py", "jobs/tune.py", "jobs/predict.py"}
+    assert {job for job, _ in found} == {"jobs/train.py", "jobs/tune.py", "jobs/predict.py", "jobs/serve.py"}
     parsed = []
     parse = cli._parse
 
