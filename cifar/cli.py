@@ -47,6 +47,8 @@ Flags = TypeVar("Flags")
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
 
 OK, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the process that `ray job submit` starts."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def run_job(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = False
+    if SUBMITTED in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]  # by Ray, whose job holds no CPU; a driver evaluates by all cores of its node
     with _log_to_stderr():
         try:
             parsed, as_json = _parse(flags, argv, job.__doc__ or "")

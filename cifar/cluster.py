@@ -179,3 +179,10 @@ def choose_loader(config: Config, data_bytes: int, store_bytes: float) -> tuple[
     if data_bytes <= RESIDENT_SHARE * store_bytes:
         return "resident", f"{size} fit in memory"
     return "streaming", f"{size} exceed {RESIDENT_SHARE:.0%} of {store_bytes / 2**20:,.0f} MiB"
+
+
+def node_cores() -> int:
+    """Cores that a process on this node may use: a node may have been started with fewer CPUs than its machine has."""
+    here = ray.get_runtime_context().get_node_id()
+    counted = next((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here), 1.0)
+    return max(min(usable_cpus(), int(counted)), 1)

@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cifar.cluster import node_cores
 from cifar.config import ConfigError, RunFailed
 from cifar.context import Context, Wish
 from cifar.data.loader import EVALUATION_BATCH, Loader, ResidentLoader, StreamingLoader, in_batches
@@ -31,7 +32,6 @@ from cifar.data.prepared import MANIFEST, Arrays
 from cifar.data.shares import share
 from cifar.data.stream import ray_stream
 from cifar.elastic import Leaving, checkpoint_wanted
-from cifar.machine import usable_cpus
 from cifar.probe import require_room, require_seen
 from cifar.progress import Mailbox
 from cifar.ray_job import Job
@@ -77,7 +77,7 @@ class RayContext:
                 "Ray gave this worker a GPU that torch does not see; install a torch with CUDA on every node"
             )
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
-        torch.set_num_threads(max(usable_cpus() // place.get_local_world_size(), 1))
+        torch.set_num_threads(max(node_cores() // place.get_local_world_size(), 1))
         if self.world_size > 1:
             self.doing("joining the other workers", waits=True)
             self._join("nccl" if use_gpu else "gloo")

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from cifar.cli import command_line, run_job
+from cifar.cli import SUBMITTED, command_line, run_job
 from cifar.config import AugmentConfig, Config, ConfigError, DataConfig, RunConfig, RunFailed, TrainConfig
 
 
@@ -189,3 +190,19 @@ def test_the_command_to_repeat_a_job_survives_a_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["jobs/train.py", "--data", "my data"])
     assert command_line() == "python jobs/train.py --data 'my data'"
     assert command_line(["--lr", "1"]) == "python jobs/train.py --lr 1"
+
+
+@pytest.mark.parametrize(("submitted", "threads", "left"), [(True, "1", None), (True, "3", "3"), (False, "1", "1")])
+def test_a_submitted_job_is_not_held_to_one_thread(submitted, threads, left, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    if submitted:
+        monkeypatch.setenv(SUBMITTED, "{}")
+    seen = []
+
+    def job(flags: Flags) -> dict[str, Any]:
+        """Look."""
+        seen.append(os.environ.get("OMP_NUM_THREADS"))
+        return {}
+
+    assert run_job(job, Flags, ["--model", "m"]) == 0
+    assert seen == [left]

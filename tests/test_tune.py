@@ -205,7 +205,7 @@ NODE = {"CPU": 2.0, "memory": 16e9, "object_store_memory": 4e9}
 
 
 def plan_of(config: Config, tune: TuneConfig, *nodes: dict[str, float], data: int = 1000) -> Any:
-    return make_sweep_plan(config, tune, data, nodes or (NODE,), cores=2)
+    return make_sweep_plan(config, tune, data, nodes or (NODE,))
 
 
 def on(config: Config, **run: Any) -> Config:
@@ -229,6 +229,8 @@ def test_gpus_are_shared_by_fractions() -> None:
     plan = plan_of(fast(), TuneConfig(at_once=6), node)
     assert plan.gpus == 0.33
     assert plan.resources == {"CPU": 2, "GPU": 0.33}
+    apart = plan_of(fast(), TuneConfig(), node, {**NODE, "CPU": 64.0})
+    assert (apart.at_once, apart.resources) == (2, {"CPU": 8, "GPU": 1})
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8, 13])
@@ -237,7 +239,7 @@ def test_gpus_are_shared_by_fractions() -> None:
 def test_what_runs_at_a_time_fits_at_once(at_once: int, workers: str, nodes: tuple[dict[str, float], ...]) -> None:
     """Else trials would hold what they have and wait for what others hold, for ever."""
     tune = TuneConfig(at_once=at_once, trials=100)
-    plan = make_sweep_plan(on(fast(), workers=workers), tune, 1000, nodes, cores=2)
+    plan = make_sweep_plan(on(fast(), workers=workers), tune, 1000, nodes)
     assert plan.at_once == at_once
     processes = [plan.cpus] * plan.at_once * max(plan.workers, 1)
     free = sorted((node["CPU"] for node in nodes), reverse=True)
@@ -347,7 +349,7 @@ def setup(config: Config, prepared: Prepared, path: str, tune: TuneConfig) -> Se
         source="mine",
         space=SPACE,
         prepared=prepared,
-        plan=make_sweep_plan(config, TuneConfig(), 1000, [NODE], cores=2),
+        plan=make_sweep_plan(config, TuneConfig(), 1000, [NODE]),
         path=path,
     )
 

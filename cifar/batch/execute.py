@@ -13,8 +13,8 @@ import torch
 
 from cifar.batch.part import Decoded, PartPredictor, Summary, Target, decode_part
 from cifar.batch.source import Part
+from cifar.cluster import node_cores
 from cifar.config import ConfigError, RunFailed
-from cifar.machine import usable_cpus
 from cifar.predictor import Predictor
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.waiting import Request, explained, unplaced_actors
@@ -160,7 +160,7 @@ class _Actor:
             raise RunFailed(
                 "Ray gave this actor a GPU that torch does not see; install a torch with CUDA on every node"
             )
-        self._threads = max(1, usable_cpus() // sharing)  # Ray's default is those that it holds
+        self._threads = max(node_cores() // sharing, 1)  # Ray's default is those that it holds
         with tempfile.TemporaryDirectory() as folder:
             contents: Any = ray.get(files)
             for name, data in contents.items():

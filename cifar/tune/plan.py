@@ -21,10 +21,13 @@ class SweepPlan:
     cpus: float
     """Of each worker, or of the trial."""
     gpus: float
-    threads: int
-    """Of a trial in its own process."""
     resident: bool
     reason: str
+
+    @property
+    def threads(self) -> int:
+        """Of a trial in its own process."""
+        return max(int(self.cpus), 1)
 
     @property
     def resources(self) -> dict[str, float]:
@@ -33,16 +36,16 @@ class SweepPlan:
 
     def __str__(self) -> str:
         holds = f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        each = f"{self.workers} workers holding {holds} each" if self.workers else f"{holds}, {self.threads} threads"
+        each = f"{self.workers} workers holding {holds} each" if self.workers else holds
         shared = "one copy of the images in memory for all" if self.resident else "images streamed from disk"
         times = "trial" if self.at_once == 1 else "trials"
         return f"plan: {self.at_once} {times} at a time, each with {each}; {shared} ({self.reason})"
 
 
 def make_sweep_plan(
-    config: Config, tune: TuneConfig, data_bytes: int, nodes: Sequence[Mapping[str, float]], cores: int
+    config: Config, tune: TuneConfig, data_bytes: int, nodes: Sequence[Mapping[str, float]]
 ) -> SweepPlan:
-    """A plan over `nodes`, each with CPU, GPU, memory and object_store_memory; `cores` of them has a node.
+    """A plan over `nodes`, each with CPU, GPU, memory and object_store_memory.
 
     All trials that run at a time fit at once, whole: with fewer resources than they could take together, some would
     hold theirs and wait for each other's. Images lie decoded in memory or are read by the trial itself, so that no task
@@ -83,23 +86,21 @@ def make_sweep_plan(
     per_gpu = 1.0
     if use_gpu and not workers:
         # A GPU is shared by as many trials as are asked for; Ray gives out hundredths.
-        per_gpu = 1.0 if at_once <= gpus else int(100 / -(-at_once // int(gpus))) / 100
+        sharing = -(-at_once // int(gpus))
+        per_gpu = int(100 / sharing) / 100
         if per_gpu < 0.01:
             raise ConfigError(f"--at-once {at_once}: at most 100 trials share a GPU, the cluster has {int(gpus)}")
-        each = min(cpus / at_once, 1.0) if cpus < at_once else max(int(cpus // at_once), 1)
-    elif workers:
-        each = cpus_per_worker(nodes, processes, use_gpu, spare)
+        places = [{**node, "GPU": node.get("GPU", 0.0) * sharing} for node in nodes]
+        each = cpus_per_worker(places, processes, True, spare=0.0)
     else:
-        each = cpus_per_worker(nodes, processes, False, spare=0.0)
+        each = cpus_per_worker(nodes, processes, use_gpu, spare if workers else 0.0)
     if not each:
         raise ConfigError(f"--at-once {at_once}: {processes} processes do not fit on {cpus:g} CPUs and {gpus:g} GPUs")
-    on_node = -(-at_once // len(nodes))
     return SweepPlan(
         at_once=at_once,
         workers=workers,
         cpus=each,
         gpus=(1.0 if workers else per_gpu) if use_gpu else 0.0,
-        threads=max(cores // on_node, 1),
         resident=resident,
         reason=f"the cluster has {cpus:g} CPU and {gpus:g} GPU; {why}",
     )

@@ -18,7 +18,6 @@ from cifar.autoscaler import cluster_nodes
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
 from cifar.data.prepared import absolute, join, read_file, read_object, write_file
-from cifar.machine import usable_cpus
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.ray_job import Blocks
 from cifar.run_dir import SWEEP_CONFIG, locked
@@ -83,7 +82,7 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
     there, coming = cluster_nodes()
     data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
-    plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming], usable_cpus())
+    plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming])
     logger.info("%s", plan)
     path = join(absolute(config.run.storage), config.run.name or default_name(config, tune, source, space, prepared))
     if others := other_nodes():

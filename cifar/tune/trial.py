@@ -16,6 +16,7 @@ from cifar.config import Config, ConfigError, RunFailed
 from cifar.data.prepared import Prepared, join, parent
 from cifar.data.shares import num_batches
 from cifar.local import LocalContext, Rows, train_here
+from cifar.machine import usable_cpus
 from cifar.probe import require_seen
 from cifar.ray_job import Blocks, Job
 from cifar.run_dir import SWEEP_CONFIG, RunDir
@@ -100,7 +101,7 @@ class TrialRun:
     def __init__(self, job: SweepJob, key: str, config: Config, values: dict[str, Any]) -> None:
         self.job, self.key, self.path, self.values = job, key, join(job.path, key), values
         self.config = config.with_batch_size(job.prepared.counts["train"])
-        torch.set_num_threads(job.plan.threads)
+        torch.set_num_threads(min(job.plan.threads, usable_cpus()))
         # A GPU, where Ray gave this process a share of one; else torch sees none.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
