@@ -40,7 +40,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from cifar.config import ConfigError, RunFailed
+from cifar.config import FREE_SPACE, ConfigError, RunFailed
 
 Flags = TypeVar("Flags")
 
@@ -92,8 +92,7 @@ def run_job(
             return INTERRUPTED
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                remedy = "free some space and give the same command again, which goes on"
-                print(_plain(f"failed: {error}; {remedy}"), file=sys.stderr)
+                print(_plain(f"failed: {error}; {FREE_SPACE}"), file=sys.stderr)
                 return FAILED
             logger.exception("the job failed")
             return FAILED

@@ -23,6 +23,8 @@ TestTimeAugmentation = Literal["none", "mirror", "shift"]
 Precision = Literal["auto", "fp32", "bf16"]
 LoaderKind = Literal["auto", "resident", "streaming"]
 
+FREE_SPACE = "free some space and give the same command again, which goes on"
+"""The remedy on a full disk."""
 LARGEST_BATCH, FEWEST_STEPS = 500, 8
 """Of `--batch-size 0`: 500 was as accurate as 250 on CIFAR-10 and 8 % faster; an epoch of few images has 8 steps."""
 

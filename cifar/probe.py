@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cifar.config import ConfigError, RunFailed
+from cifar.config import FREE_SPACE, ConfigError, RunFailed
 from cifar.data.prepared import absolute, exists, filesystem, join, read_file, write_file
 
 SHARED = "name a folder that all nodes share, or an s3:// or gs:// URI"
@@ -78,7 +78,7 @@ def require_room(path: str, folder: Path) -> None:
     if "://" not in path and (free := shutil.disk_usage(path).free) < need:
         raise RunFailed(
             f"{path}: no space left for a checkpoint of {need / 2**20:.1f} MiB ({free / 2**20:.1f} MiB are free); "
-            "free some and give the same command again, which goes on from the last checkpoint"
+            f"{FREE_SPACE} from the last checkpoint"
         )
 
 
