@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
@@ -21,6 +22,7 @@ from tests.processes import below, wait_for
 ROOT = Path(__file__).parent.parent
 NETWORK = "10.88.0"
 GCS = f"{NETWORK}.1:6379"
+OUTSIDE = f"{NETWORK}.254"
 # How soon the head takes a silent host for dead, and a host hears of it when it can be reached again; as in `cluster/`.
 HEALTH_CHECK = {
     "RAY_health_check_initial_delay_ms": "2000",
@@ -61,11 +63,26 @@ def why_not() -> str:
 
 
 class Hosts:
-    """A head without work and workers of `cpus` each, running Ray with token authentication."""
+    """A head without work and workers of `cpus` each, running Ray with token authentication.
 
-    def __init__(self, workers: int = 2, cpus: int = 1, store_mb: int = 200):
+    All have `env`, the head has `head_env`, too. With `redis`, what the head knows is kept outside of the hosts.
+    """
+
+    def __init__(
+        self,
+        workers: int = 2,
+        cpus: int = 1,
+        store_mb: int = 200,
+        env: Mapping[str, str] = {},
+        head_env: Mapping[str, str] = {},
+        dashboard: bool = False,
+        redis: bool = False,
+    ):
         self.names = ["head", *(f"w{number}" for number in range(1, workers + 1))]
         self._cpus, self._store = cpus, store_mb << 20
+        self._env, self._head_env = dict(env), dict(head_env)
+        self._head_flags = ["--include-dashboard", str(dashboard).lower()]
+        self._redis = redis
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pids: dict[str, int] = {}
         self._drivers: list[subprocess.Popen[bytes]] = []
@@ -87,12 +104,16 @@ class Hosts:
                 "PYTHONPATH": str(ROOT),
                 "PYTHONUNBUFFERED": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",  # hosts share this machine's cores
+                **haproxy(self.folder / "proxy"),
             }
             switch = self._spawn(["unshare", "-p", "-f", "--mount-proc", "-n", "--kill-child", "sleep", "infinity"])
             stack.callback(self._end, switch)
             self._switch = child_of(switch.pid)
             self._ip("link add bridge type bridge")
+            self._ip(f"addr add {OUTSIDE}/24 dev bridge")
             self._ip("link set bridge up")
+            if self._redis:
+                self._start_redis(stack)
             for names in (["head"], self.names[1:]):  # who comes before the head tries again in ever longer steps
                 for name in names:
                     self._boot(name)
@@ -113,6 +134,12 @@ class Hosts:
     def run(self, command: list[str], log: IO[bytes] | None = None, **env: str) -> subprocess.Popen[bytes]:
         """A driver on the head, in the project's folder, which writes both outputs to the log."""
         process = self._on("head", command, stdout=log, stderr=log, env={**self.env, "RAY_ADDRESS": GCS, **env})
+        self._drivers.append(process)
+        return process
+
+    def run_outside(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        """A process in their network that is on no host."""
+        process = self._in(self._switch, command, **options)
         self._drivers.append(process)
         return process
 
@@ -144,7 +171,7 @@ class Hosts:
 
     def drain(self, name: str, seconds: float) -> None:
         """Give notice that the host will be taken away; that it is, is the caller's to do."""
-        command = [sys.executable, "-c", DRAIN, GCS, self._address(name), str(seconds)]
+        command = [sys.executable, "-c", DRAIN, GCS, self.address(name), str(seconds)]
         assert self._on("head", command, env=self.env).wait(60) == 0
         self._noticed.add(name)
 
@@ -162,8 +189,19 @@ class Hosts:
         """Once more than `before` times: a host whose link was cut is joined anew by its supervisor."""
         wait_for(lambda: self.joined(name) > before, f"{name} in the cluster: {self.folder}/{name}.log", 180)
 
-    def _address(self, name: str) -> str:
+    def address(self, name: str) -> str:
         return f"{NETWORK}.{self.names.index(name) + 1}"
+
+    def _start_redis(self, stack: ExitStack) -> None:
+        password = secrets.token_hex(32)
+        config = self.folder / "redis.conf"
+        config.write_text(f'bind {OUTSIDE}\nrequirepass {password}\nsave ""\ndir {self.folder}\n')
+        with open(self.folder / "redis.log", "wb") as log:
+            process = self._in(self._switch, ["redis-server", str(config)], stdout=log)
+        stack.callback(self._end, process)
+        wait_for(lambda: "Ready to accept" in (self.folder / "redis.log").read_text(), "Redis")
+        self._head_env["RAY_REDIS_ADDRESS"] = f"{OUTSIDE}:6379"
+        self._head_flags += ["--redis-password", password]
 
     def _core(self, name: str) -> str:
         """Workers have a core each, as far as there are cores."""
@@ -175,12 +213,12 @@ class Hosts:
     def _boot(self, name: str) -> None:
         place = self.folder / name
         place.mkdir(exist_ok=True)
-        address, head = self._address(name), name == "head"
+        address, head = self.address(name), name == "head"
         ray = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"),
             *("--node-ip-address", address, "--object-store-memory", str(self._store)),
             *("--num-cpus", "0" if head else str(self._cpus), "--num-gpus", "0", "--include-log-monitor", "false"),
-            *(["--head", "--port", "6379", "--include-dashboard", "false"] if head else ["--address", GCS]),
+            *(["--head", "--port", "6379", *self._head_flags] if head else ["--address", GCS]),
         ]
         boot = ["bash", "-c", BOOT, "boot", str(place), address, *ray]
         with open(self.folder / f"{name}.log", "ab") as log:
@@ -192,7 +230,7 @@ class Hosts:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=self.env | HEALTH_CHECK,
+                env={**self.env, **HEALTH_CHECK, **self._env, **(self._head_env if head else {})},
             )
         self._processes[name] = process
         self._pids[name] = child_of(child_of(process.pid))
@@ -206,7 +244,11 @@ class Hosts:
         subprocess.run(["nsenter", "-t", str(self._switch), "-n", "ip", *command.split()], check=True)
 
     def _on(self, name: str, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        place = ["nsenter", "-t", str(self._pids[name]), "-p", "-m", "-n", f"--wdns={ROOT}"]
+        return self._in(self._pids[name], command, **options)
+
+    def _in(self, pid: int, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        """In the namespaces of that process."""
+        place = ["nsenter", "-t", str(pid), "-p", "-m", "-n", f"--wdns={ROOT}"]
         return self._spawn([*place, "setpriv", "--pdeathsig", "KILL", *command], **options)
 
     def _spawn(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -222,3 +264,10 @@ def child_of(pid: int) -> int:
     """The only child of a process, once there is one."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     return int(wait_for(children.read_text, f"a child of {pid}").split()[0])
+
+
+def haproxy(folder: Path) -> dict[str, str]:
+    """Where Serve puts the files of its proxy, in a folder for each node."""
+    names = {"CONFIG_FILE_LOC": "config", "SOCKET_PATH": "admin", "METRICS_SOCKET_PATH": "metrics"}
+    names |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "state"}
+    return {f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in names.items()}

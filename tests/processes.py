@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    """What the condition gives, once it is true."""
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120, pause: float = 0.005) -> Any:
+    """What the condition gives, once it is true; `pause`: seconds between two looks."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.005)
+        time.sleep(pause)
     raise AssertionError(f"{what}: not within {seconds} s")
 
 

@@ -205,6 +205,8 @@ def test_all_nodes_of_the_service_put_haproxy_before_it() -> None:
         (container,) = group["template"]["spec"]["containers"]
         variables = environment(container)
         assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == variables["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+        assert variables["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"] == "1"
+        assert variables["RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER"] == "1s"
         assert {"containerPort": 8000, "name": "serve"} in container["ports"]
 
 
