@@ -129,6 +129,24 @@ def test_training_leaves_a_host_that_gives_notice_with_a_checkpoint_of_that_step
         assert not hosts.processes("w2", "ray::RayTrainWorker"), "long before it is taken away"
 
 
+def test_training_goes_on_by_the_same_command_when_the_head_was_lost(
+    hosts: Hosts, parquet: Path, tmp_path: Path
+) -> None:
+    """With the head goes the driver, and then what its workers run."""
+    with Training(hosts, parquet, tmp_path, workers="2") as training:
+        training.wait_for_epoch(2)
+        hosts.kill("head")
+        joined = {name: hosts.joined(name) for name in ("w1", "w2")}
+        hosts.start("head")
+        for name, before in joined.items():
+            hosts.wait_until_joined(name, before)
+    done = len(training.epochs())
+    with Training(hosts, parquet, tmp_path, workers="2") as training:
+        training.wait_for(lambda: len(training.epochs()) > done, "an epoch more")
+        epochs = [json.loads(line)["epoch"] for line in read_lines(tmp_path / "run/metrics.jsonl")]
+        assert epochs == list(range(1, len(epochs) + 1))
+
+
 def test_predictions_lose_a_host_and_change_no_byte(hosts: Hosts, tmp_path: Path) -> None:
     given = tmp_path / "given/test-00000-of-00001.parquet"
     write_parquet(given, [png(seed, 16) for seed in range(1200)], list(np.arange(1200) % 10))
