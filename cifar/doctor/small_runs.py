@@ -1,0 +1,173 @@
+"""The runs that drills disturb: small ones of the real code, and what has to be the same however they are."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from cifar.autoscaler import cluster_nodes
+from cifar.batch.part import STATE
+from cifar.batch.run import predict_all
+from cifar.batch.settings import BatchConfig
+from cifar.cluster import make_plan
+from cifar.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from cifar.data.named import locate
+from cifar.data.prepared import filesystem, join, read_file, write_file
+from cifar.progress import Mailbox
+from cifar.store import find_model
+from cifar.train import fit
+from cifar.tune.run import sweep
+from cifar.tune.settings import TuneConfig
+
+EPOCHS = 6
+TRIALS = 3
+IMAGES, PART_ROWS = 512, 16
+BEFORE = 2
+"""Epochs, or parts, that are finished before the fault."""
+
+
+class Outcome(NamedTuple):
+    results: dict[str, Any]
+    """By name, what has to be the same."""
+    recovered: bool = True
+    """Does the run itself say that something was done again? True where it says nothing of the kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drill:
+    check: str
+    doing: str
+    victim: str
+    """What is killed, in words."""
+    actor: str
+    """How the name of its class begins."""
+    run: Callable[[str], Outcome]
+    """Makes a run of this name, in a folder of its own."""
+    same: str
+    """How its results are the same."""
+    middle: Callable[[str], bool]
+    """Is the run of this name in its middle?"""
+
+
+def drills(folder: str, verbose: bool) -> list[Drill]:
+    """Those that fit on the cluster; `folder`, a folder or URI, takes what they write."""
+    nodes, coming = cluster_nodes()
+    # There kernels add up in no fixed order.
+    exact = not any(node.get("GPU") for node in (*nodes, *coming))
+    same = "the same, bit for bit" if exact else "complete; those of a GPU repeat no bits, and are not compared"
+    config = Config(
+        data=DataConfig(data="digits", image_size=16),
+        model=ModelConfig(widths=(8, 16)),
+        # Many small steps: their time hangs on the processor's speed, not on how many cores it has.
+        train=TrainConfig(epochs=EPOCHS, batch_size=16, precision="fp32"),
+        run=RunConfig(storage=folder, verbose=verbose),
+    )
+    found = []
+    for workers in (1, 2):
+        one = replace(config, run=replace(config.run, workers=str(workers)))
+        try:
+            make_plan(one, 0, nodes, coming)
+        except ConfigError:  # one worker fits, or the doctor would have found it
+            continue
+        found.append(
+            Drill(
+                check="drill train",
+                doing=f"training on {workers} worker{'s' if workers > 1 else ''}",
+                victim="the worker" if workers == 1 else "one of 2 workers",
+                actor="RayTrainWorker",
+                same=same,
+                run=partial(train, one, exact),
+                middle=partial(in_training, one),
+            )
+        )
+    return [
+        *found,
+        Drill(
+            check="drill tune",
+            doing=f"a sweep of {TRIALS} trials",
+            victim="a trial's process",
+            actor="ImplicitFunc",
+            same=same,
+            run=partial(tune, config, exact),
+            middle=partial(in_trials, folder),
+        ),
+        Drill(
+            check="drill predict",
+            doing=f"predicting {IMAGES} images",
+            victim="a process that predicts",
+            actor="MapWorker",
+            same="the same, byte for byte",
+            run=partial(predict, folder, verbose),
+            middle=partial(in_parts, folder),
+        ),
+    ]
+
+
+def train(config: Config, exact: bool, name: str) -> Outcome:
+    run = fit(named(config, name))
+    return Outcome(trained(run.history, run.model, exact))
+
+
+def named(config: Config, name: str) -> Config:
+    return replace(config, run=replace(config.run, name=f"train-{config.run.workers}-{name}"))
+
+
+def trained(history: list[dict[str, Any]], model: str, exact: bool) -> dict[str, Any]:
+    """What a training came to."""
+    if not exact:
+        return {"epochs": [(row["epoch"], row["val_count"]) for row in history]}
+    timeless = [{key: value for key, value in row.items() if "second" not in key} for row in history]
+    return {"weights": read_file(join(model, "model.safetensors")), "metrics": timeless}
+
+
+def in_training(config: Config, name: str) -> bool:
+    history = Mailbox(join(config.run.storage, named(config, name).run.name)).get("history") or []
+    return BEFORE <= len(history) < EPOCHS
+
+
+def tune(config: Config, exact: bool, name: str) -> Outcome:
+    config = replace(config, run=replace(config.run, name=f"tune-{name}"))
+    # Values of which none makes a training diverge.
+    flags = TuneConfig(trials=TRIALS, space="augment", scheduler="none", confirm="0", publish="none")
+    trials = sweep(config, flags, "fast", config, ()).summary["trials"]
+    results: dict[str, Any] = {"number of trials": len(trials)}
+    for trial in trials:
+        came_to = trained(trial["history"], join(trial["path"], "model"), exact)
+        results[f"trial {trial['number']}"] = trial["state"], trial["values"], came_to
+    return Outcome(results, recovered=any(trial["resumed"] for trial in trials))
+
+
+def in_trials(folder: str, name: str) -> bool:
+    files = [join(folder, f"tune-{name}/trials/{number:05d}/metrics.jsonl") for number in range(TRIALS)]
+    return any(BEFORE <= len((read_file(file) or b"").splitlines()) < EPOCHS for file in files)
+
+
+def predict(folder: str, verbose: bool, name: str) -> Outcome:
+    given = join(folder, "images/images.parquet")
+    if read_file(given) is None:
+        write_file(given, images())
+    config = BatchConfig(input=given, output=join(folder, f"predict-{name}"), verbose=verbose)
+    with find_model("", "") as found:
+        manifest = predict_all(config, found, lambda: None, part_rows=PART_ROWS).manifest
+    results = {part["name"]: part["sha256"] for part in manifest["parts"]}
+    return Outcome(results | {"number of predictions": manifest["predicted"]})
+
+
+def images() -> bytes:
+    """Some digits without their labels, which are no classes of the model in the box."""
+    files, path = filesystem(locate("digits")[1])
+    with files.open_input_file(path) as file:
+        table = pq.read_table(file, columns=["img"]).slice(0, IMAGES)
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(None), sink)
+    return sink.getvalue()
+
+
+def in_parts(folder: str, name: str) -> bool:
+    files, path = filesystem(join(folder, f"predict-{name}/{STATE}"))
+    done = [info for info in files.get_file_info(fs.FileSelector(path, allow_not_found=True)) if ".npz" in info.path]
+    return BEFORE <= len(done) < IMAGES // PART_ROWS
