@@ -60,7 +60,7 @@ def try_drill(drill: Drill) -> Finding:
             calm = drill.run("calm")
     except Exception as error:
         return problem(drill.check, f"{drill.doing} fails undisturbed: {told(error)}")
-    logger.info("%s: the same, and %s is killed", drill.check, drill.victim)
+    logger.info("%s: the same, and %s is killed, as Ray is going to tell", drill.check, drill.victim)
     between = time.monotonic()
     fault = Fault(drill.actor, partial(drill.middle, "killed"))
     try:
@@ -101,20 +101,18 @@ def told(error: Exception) -> str:
 
 @contextmanager
 def limited(late: str) -> Iterator[None]:
-    """End the block with Overdue, of this text, after RUN_SECONDS; in the main thread. Ctrl-C stays what it was, of
-    which Ray Train makes its own."""
+    """End the block with Overdue, of this text, after RUN_SECONDS; in the main thread."""
 
     def end(number: int, frame: object) -> None:
         raise Overdue(late)
 
-    interrupt, alarm = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGALRM, end)
+    before = signal.signal(signal.SIGALRM, end)
     signal.alarm(RUN_SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, alarm)
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
