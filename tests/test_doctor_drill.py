@@ -37,10 +37,10 @@ def made_up(run: Any) -> Drill:
     )
 
 
-def judged(killed: Outcome, **fault: Any) -> tuple[str, str]:
+def judged(outcome: Outcome, **fault: Any) -> tuple[str, str]:
     calm = Outcome({"weights": b"1", "metrics": [1.0]})
     facts: Any = SimpleNamespace(**({"killed": True, "struck": True, "error": ""} | fault))
-    found = judge(made_up(None), calm, killed, facts, [1.0, 2.0])
+    found = judge(made_up(None), calm, outcome, facts, [1.0, 2.0])
     return found.level, found.text
 
 
@@ -50,10 +50,10 @@ def test_only_a_run_that_was_struck_and_came_to_the_same_is_well() -> None:
     assert (level, text) == ("ok", "doing x: an x was killed, the results are the same (2 s, undisturbed 1 s)")
     level, text = judged(Outcome(same | {"weights": b"2"}))
     assert level == "problem"
-    assert "though only an x was killed: weights;" in text
+    assert "other results after an x was killed: weights;" in text
     level, text = judged(Outcome({"weights": b"1"}), killed=False, struck=False)
     assert level == "problem"
-    assert "though only nothing was killed: metrics;" in text
+    assert "other results though nothing was killed: metrics;" in text
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,15 @@ def test_what_drills_write_is_deleted_whatever_happens(
     monkeypatch.setenv("CIFAR_CACHE", "/before")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/mine").write_text("kept")
-    with pytest.raises(error), scratch(str(tmp_path / "runs")) as folder:
-        assert os.environ["CIFAR_CACHE"] == f"{folder}/cache"
-        write_file(join(folder, "a/b"), b"")
-        raise error
+
+    def interrupted() -> None:
+        with scratch(str(tmp_path / "runs")) as folder:
+            assert os.environ["CIFAR_CACHE"] == f"{folder}/cache"
+            write_file(join(folder, "a/b"), b"")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
     assert os.environ["CIFAR_CACHE"] == "/before"
 
@@ -208,7 +213,8 @@ def test_an_interrupted_drill_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     command = [sys.executable, "jobs/doctor.py", "--drill", "--storage", str(tmp_path)]
     job = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-    wait_for(lambda: list(tmp_path.glob(".drill-*/train-1-calm/metrics.jsonl")), "an epoch")
+    begun = ".drill-*/train-1-calm/metrics.jsonl"
+    wait_for(lambda: list(tmp_path.glob(begun)) or job.poll() is not None, "an epoch")
     workers = below(job.pid, "ray::RayTrainWorker")
     job.send_signal(signal.SIGINT)
     assert job.wait(60) == 130

@@ -77,11 +77,11 @@ def judge(drill: Drill, calm: Outcome, killed: Outcome, fault: Fault, seconds: l
     names = calm.results.keys() | killed.results.keys()
     differing = sorted(name for name in names if calm.results.get(name) != killed.results.get(name))
     if differing:
-        why = f"{drill.victim} was killed" if fault.killed else "nothing was killed"
+        why = f"after {drill.victim} was killed" if fault.killed else "though nothing was killed"
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         return problem(
             drill.check,
-            f"{drill.doing} came to other results, though only {why}: {', '.join(differing[:3])}{more}; "
+            f"{drill.doing} came to other results {why}: {', '.join(differing[:3])}{more}; "
             "processors of different kinds round differently, anything else is a bug",
         )
     if not fault.struck or not killed.recovered:
