@@ -65,12 +65,11 @@ def predict_picture(config: BatchConfig, found: FoundModel) -> tuple[Answer, str
 
 
 def predict_all(
-    config: BatchConfig, found: FoundModel, start_ray: Callable[[], object], command: str = "", part_rows: int = 0
+    config: BatchConfig, found: FoundModel, start_ray: Callable[[], object], command: str = ""
 ) -> Predicted:
     """Predict every row of a folder or of Parquet once, and evaluate the model on those with a label.
 
-    Large jobs run on Ray, after a call of `start_ray`, and those with `part_rows`: a drill's, which are small, in parts
-    of at most so many rows. ConfigError when the output is that of another job, or when more
+    Large jobs run on Ray, after a call of `start_ray`. ConfigError when the output is that of another job, or when more
     than `config.max_bad` of the rows, or all of them, cannot be read.
     """
     if inside(config.output, config.input) or inside(config.input, join(config.output, "predictions")):
@@ -78,7 +77,7 @@ def predict_all(
     probe(config.output, "--output")
     model = load_model(found.folder)
     listing = list_rows(config.input, model.info.classes)
-    parts = plan_parts(listing, model.info.config.data, len(model.info.classes), part_rows)
+    parts = plan_parts(listing, model.info.config.data, len(model.info.classes))
     job = describe(config, found, listing, len(parts))
     output = Output(absolute(config.output))
     with output.claim(job):
@@ -98,8 +97,7 @@ def predict_all(
             threshold=config.threshold,
             version=found.version,
         )
-        here = not part_rows and is_small(parts)
-        coming = _predict(left, here, found.folder, target, config.device, start_ray)
+        coming = _predict(left, is_small(parts), found.folder, target, config.device, start_ray)
         with Progress(listing.total, before) as progress, closing(coming) as summaries:
             for summary in summaries:
                 gathered.add(summary)

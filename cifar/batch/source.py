@@ -162,11 +162,9 @@ def _say_unlabelled(where: str, what: str, unknown: str) -> None:
     logger.warning("--input %s: %s are not the model's classes (%s is none): not evaluated", where, what, unknown)
 
 
-def plan_parts(listing: Listing, config: DataConfig, num_classes: int, part_rows: int = 0) -> list[Part]:
-    """The work in parts, of at most `part_rows` if that is not 0. Else it depends on the listing and the shape of the
-    model alone: so do the files of predictions."""
+def plan_parts(listing: Listing, config: DataConfig, num_classes: int) -> list[Part]:
+    """The work in parts. Depends on the listing and the shape of the model alone: so do the files of predictions."""
     held_bytes = config.image_size**2 * 3 + num_classes * 4
-    most = part_rows or _PART_ROWS
     return [
         Part(
             number=number,
@@ -180,30 +178,30 @@ def plan_parts(listing: Listing, config: DataConfig, num_classes: int, part_rows
             image_size=config.image_size,
             resize=config.resize,
         )
-        for number, (names, column, first, row_bytes, indices) in enumerate(_pieces(listing, held_bytes, most))
+        for number, (names, column, first, row_bytes, indices) in enumerate(_pieces(listing, held_bytes))
     ]
 
 
-def _pieces(
-    listing: Listing, held_bytes: int, most: int
-) -> Iterator[tuple[list[str], str | None, int, int, np.ndarray]]:
+def _pieces(listing: Listing, held_bytes: int) -> Iterator[tuple[list[str], str | None, int, int, np.ndarray]]:
     files = listing.source.files
     if not listing.source.parquet:
         row_bytes = 1 + sum(file.size for file in files) // len(files)
-        for indices in _cut(len(files), held_bytes, row_bytes, most):
+        for indices in _cut(len(files), held_bytes, row_bytes):
             yield [files[row].name for row in indices], None, 0, row_bytes, indices
         return
     start = 0
     for file, count, column in zip(files, listing.counts, listing.columns, strict=True):
         row_bytes = 1 + file.size // max(1, count)
-        for places in _cut(count, held_bytes, row_bytes, most):
+        for places in _cut(count, held_bytes, row_bytes):
             yield [file.name], column, int(places[0]), row_bytes, start + places
         start += count
 
 
-def _cut(count: int, held_bytes: int, row_bytes: int, most: int) -> list[np.ndarray]:
+def _cut(count: int, held_bytes: int, row_bytes: int) -> list[np.ndarray]:
     """0 to count - 1 in runs of about equal length, each of bounded size as files, and as pixels and answers."""
-    size = max(16, min(most, _PART_HELD_BYTES // held_bytes, max(_MIN_PART_ROWS, _PART_ENCODED_BYTES // row_bytes)))
+    size = max(
+        16, min(_PART_ROWS, _PART_HELD_BYTES // held_bytes, max(_MIN_PART_ROWS, _PART_ENCODED_BYTES // row_bytes))
+    )
     return np.array_split(np.arange(count), -(-count // size)) if count else []
 
 

@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from cifar.autoscaler import cluster_nodes
-from cifar.batch.part import STATE
-from cifar.batch.run import predict_all
-from cifar.batch.settings import BatchConfig
+from cifar.batch.execute import predict_on_ray
+from cifar.batch.part import Target
+from cifar.batch.source import list_rows, plan_parts
 from cifar.cluster import make_plan
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
 from cifar.data.named import locate
 from cifar.data.prepared import filesystem, join, read_file, write_file
+from cifar.model_dir import load_model
 from cifar.progress import Mailbox
 from cifar.store import find_model
 from cifar.train import fit
@@ -84,6 +84,7 @@ def drills(folder: str, verbose: bool) -> list[Drill]:
                 middle=partial(in_training, one),
             )
         )
+    predicting = Predicting(folder, exact)
     return [
         *found,
         Drill(
@@ -100,9 +101,9 @@ def drills(folder: str, verbose: bool) -> list[Drill]:
             doing=f"predicting {IMAGES} images",
             victim="a process that predicts",
             actor="MapWorker",
-            same="the same, byte for byte",
-            run=partial(predict, folder, verbose),
-            middle=partial(in_parts, folder),
+            same=same,
+            run=predicting.run,
+            middle=predicting.middle,
         ),
     ]
 
@@ -146,28 +147,41 @@ def in_trials(folder: str, name: str) -> bool:
     return any(BEFORE <= len((read_file(file) or b"").splitlines()) < EPOCHS for file in files)
 
 
-def predict(folder: str, verbose: bool, name: str) -> Outcome:
-    given = join(folder, "images/images.parquet")
-    if read_file(given) is None:
-        write_file(given, images())
-    config = BatchConfig(input=given, output=join(folder, f"predict-{name}"), verbose=verbose)
-    with find_model("", "") as found:
-        manifest = predict_all(config, found, lambda: None, part_rows=PART_ROWS).manifest
-    results = {part["name"]: part["sha256"] for part in manifest["parts"]}
-    return Outcome(results | {"number of predictions": manifest["predicted"]})
+class Predicting:
+    """Unlabelled digits by the model in the box, in parts so small that there is a middle. Not through `predict_all`,
+    which does so few images without Ray."""
+
+    def __init__(self, folder: str, exact: bool):
+        self._folder, self._exact = folder, exact
+        self._done: dict[str, int] = {}
+
+    def run(self, name: str) -> Outcome:
+        given, output = join(self._folder, "images/images.parquet"), join(self._folder, f"predict-{name}")
+        if read_file(given) is None:
+            write_file(given, images())
+        with find_model("", "") as found:
+            info = load_model(found.folder).info
+            (whole,) = plan_parts(list_rows(given, info.classes), info.config.data, len(info.classes))
+            parts = [
+                replace(whole, number=number, first=start, indices=whole.indices[start : start + PART_ROWS])
+                for number, start in enumerate(range(0, IMAGES, PART_ROWS))
+            ]
+            target = Target(output=output, format="parquet", top_k=1, threshold=0.0, version=found.version)
+            results: dict[str, Any] = {}
+            for summary in predict_on_ray(parts, found.folder, target, "auto"):
+                self._done[name] = self._done.get(name, 0) + 1
+                written = read_file(join(output, summary.name))
+                results[summary.name] = written if self._exact else summary.rows
+        return Outcome(results)
+
+    def middle(self, name: str) -> bool:
+        return BEFORE <= self._done.get(name, 0) < IMAGES // PART_ROWS
 
 
 def images() -> bytes:
-    """Some digits without their labels, which are no classes of the model in the box."""
     files, path = filesystem(locate("digits")[1])
     with files.open_input_file(path) as file:
         table = pq.read_table(file, columns=["img"]).slice(0, IMAGES)
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(None), sink)
+    pq.write_table(table, sink)
     return sink.getvalue()
-
-
-def in_parts(folder: str, name: str) -> bool:
-    files, path = filesystem(join(folder, f"predict-{name}/{STATE}"))
-    done = [info for info in files.get_file_info(fs.FileSelector(path, allow_not_found=True)) if ".npz" in info.path]
-    return BEFORE <= len(done) < IMAGES // PART_ROWS
