@@ -184,7 +184,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Drill]
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("doing", ["training on 1 worker", "a sweep of 3 trials", "predicting 512 images"])
+@pytest.mark.parametrize("doing", ["training on 1 worker", "a sweep of 3 trials", "predicting 256 images"])
 def test_a_process_is_killed_and_the_results_are_the_same(found: dict[str, Drill], doing: str) -> None:
     finding = try_drill(found[doing])
     assert finding.level == "ok", finding

@@ -25,7 +25,7 @@ from cifar.tune.settings import TuneConfig
 
 EPOCHS = 8
 TRIALS = 3
-IMAGES, PART_ROWS = 512, 16
+IMAGES, PART_ROWS = 256, 16
 BEFORE = 2
 """Epochs, or parts, that are finished before the fault."""
 
