@@ -18,7 +18,7 @@ from cifar.data.prepared import exists, join, write_file
 from cifar.doctor import drill
 from cifar.doctor.drill import judge, limited, run_drills, scratch, try_drill
 from cifar.doctor.fault import Killer
-from cifar.doctor.small_runs import Drill, Outcome, drills, trained
+from cifar.doctor.small_runs import Drill, Outcome, drills, repeats_bits, trained
 from jobs import doctor
 from tests.processes import alive, below, wait_for
 
@@ -97,7 +97,11 @@ def test_a_run_that_fails_undisturbed_says_why() -> None:
     assert (found.level, found.text) == ("problem", "doing x fails undisturbed: OSError: disk on fire")
 
 
-def test_on_a_gpu_only_what_is_counted_is_compared(tmp_path: Path) -> None:
+def test_bits_are_compared_where_every_node_comes_to_the_same(tmp_path: Path) -> None:
+    head = {"memory": 1.0}
+    assert repeats_bits([head, {"CPU": 4.0}, {"CPU": 4.0}])
+    assert not repeats_bits([head, {"CPU": 4.0}, {"CPU": 8.0}])
+    assert not repeats_bits([{"CPU": 4.0, "GPU": 1.0}])
     rows = [{"epoch": 1, "val_count": 9, "val_loss": 0.1, "seconds": 1.0}]
     changed = [rows[0] | {"val_loss": 0.1000001, "seconds": 2.0}]
     assert trained(rows, str(tmp_path), exact=False) == trained(changed, str(tmp_path), exact=False)

@@ -82,7 +82,7 @@ def judge(drill: Drill, calm: Outcome, killed: Outcome, fault: Fault, seconds: l
         return problem(
             drill.check,
             f"{drill.doing} came to other results {why}: {', '.join(differing[:3])}{more}; "
-            "processors of different kinds round differently, anything else is a bug",
+            "nodes with processors of other kinds round differently, anything else is a bug",
         )
     if not fault.struck or not killed.recovered:
         why = fault.error or f"the run ended before {drill.victim} could be killed in its middle"
