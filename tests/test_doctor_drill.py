@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from cifar.config import Config, RunConfig
 from cifar.data.prepared import exists, join, write_file
 from cifar.doctor import drill
 from cifar.doctor.drill import judge, limited, run_drills, scratch, try_drill
-from cifar.doctor.fault import Killer
+from cifar.doctor.fault import Killer, Killers
 from cifar.doctor.small_runs import Drill, Outcome, drills, repeats_bits, trained
 from jobs import doctor
 from tests.processes import alive, below, wait_for
@@ -82,6 +83,7 @@ def test_a_run_that_does_not_end_is_a_problem_and_the_last_drill(
                 continue
 
     monkeypatch.setattr(drill, "RUN_SECONDS", 1)
+    monkeypatch.setattr(drill, "Fault", lambda *_: nullcontext())
     monkeypatch.setattr(drill, "drills", lambda *_: [made_up(hang), made_up(hang)])
     found = list(run_drills(Config(run=RunConfig(storage=str(tmp_path)))))
     assert [finding.level for finding in found] == ["problem", "warning"]
@@ -89,11 +91,13 @@ def test_a_run_that_does_not_end_is_a_problem_and_the_last_drill(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_undisturbed_says_why() -> None:
+def test_a_run_that_fails_undisturbed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drill, "Fault", lambda *_: nullcontext())
+
     def fail(name: str) -> Outcome:
         raise OSError("disk on fire")
 
-    found = try_drill(made_up(fail))
+    found = try_drill(made_up(fail), Killers())
     assert (found.level, found.text) == ("problem", "doing x fails undisturbed: OSError: disk on fire")
 
 
@@ -186,18 +190,28 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Drill]
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def killers(found: dict[str, Drill]) -> Iterator[Killers]:
+    with closing(Killers()) as made:
+        yield made
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("doing", ["training on 1 worker", "a sweep of 3 trials", "predicting 256 images"])
-def test_a_process_is_killed_and_the_results_are_the_same(found: dict[str, Drill], doing: str) -> None:
-    finding = try_drill(found[doing])
+def test_a_process_is_killed_and_the_results_are_the_same(
+    found: dict[str, Drill], killers: Killers, doing: str
+) -> None:
+    finding = try_drill(found[doing], killers)
     assert finding.level == "ok", finding
     assert "was killed" in finding.text
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_drill_fails_where_nothing_is_started_again(found: dict[str, Drill], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drill_fails_where_nothing_is_started_again(
+    found: dict[str, Drill], killers: Killers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cifar.train.MAX_FAILURES", 0)
     whole = found["training on 1 worker"]
     finding = try_drill(
@@ -205,7 +219,8 @@ def test_a_drill_fails_where_nothing_is_started_again(found: dict[str, Drill], m
             whole,
             run=lambda name: Outcome({}) if name == "calm" else whole.run("killed-again"),
             middle=lambda name: whole.middle("killed-again"),
-        )
+        ),
+        killers,
     )
     assert finding.level == "problem"
     assert "training on 1 worker fails after the worker was killed: RunFailed" in finding.text

@@ -10,14 +10,14 @@ import signal
 import time
 import uuid
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 
 import ray
 
 from cifar.config import Config
 from cifar.data.prepared import absolute, exists, filesystem, join
-from cifar.doctor.fault import Fault
+from cifar.doctor.fault import Fault, Killers
 from cifar.doctor.finding import Finding, ok, problem, warning
 from cifar.doctor.small_runs import Drill, Outcome, drills
 
@@ -39,12 +39,12 @@ def run_drills(config: Config) -> Generator[Finding, None, None]:
     What they write is in a folder of their own in `--storage`, which is deleted at the end, and when they are
     interrupted; then Ray is shut down as well. To be closed.
     """
-    with scratch(config.run.storage) as folder:
+    with scratch(config.run.storage) as folder, closing(Killers()) as killers:
         left = drills(folder, config.run.verbose)
         while left:
             drill = left.pop(0)
             try:
-                yield try_drill(drill)
+                yield try_drill(drill, killers)
             except Overdue as overdue:
                 yield problem(drill.check, f"{overdue}; look at `ray status` and Ray's logs")
                 yield from (warning(other.check, "not tried: the drill before it has not ended") for other in left)
@@ -52,17 +52,18 @@ def run_drills(config: Config) -> Generator[Finding, None, None]:
                 return
 
 
-def try_drill(drill: Drill) -> Finding:
+def try_drill(drill: Drill, killers: Killers) -> Finding:
     logger.info("%s: %s", drill.check, drill.doing)
     started = time.monotonic()
+    prepared = Fault(killers, drill.actor, lambda: False)  # kills nobody, but has killers started where its victims are
     try:
-        with limited(f"{drill.doing} has not ended in {RUN_SECONDS} s"):
+        with limited(f"{drill.doing} has not ended in {RUN_SECONDS} s"), prepared:
             calm = drill.run("calm")
     except Exception as error:
         return problem(drill.check, f"{drill.doing} fails undisturbed: {told(error)}")
     logger.info("%s: the same, and %s is killed, as Ray is going to tell", drill.check, drill.victim)
     between = time.monotonic()
-    fault = Fault(drill.actor, partial(drill.middle, "killed"))
+    fault = Fault(killers, drill.actor, partial(drill.middle, "killed"))
     try:
         with limited(f"{drill.doing}, with {drill.victim} to be killed, has not ended in {RUN_SECONDS} s"), fault:
             killed = drill.run("killed")

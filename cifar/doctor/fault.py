@@ -5,7 +5,6 @@ Imports neither torch nor Ray's libraries: the process that kills, on the node o
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Self
 
 import ray
@@ -14,16 +13,35 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOOK_SECONDS = 0.05
 ANSWER_SECONDS = 60.0
+LEAVE_SECONDS = 2.0
+
+
+class Killers:
+    """One on each node where it was wanted. It takes seconds to start, more than some runs: faults share them."""
+
+    def __init__(self) -> None:
+        self._by_node: dict[str, Any] = {}
+
+    def at(self, node: str) -> Any:
+        if node not in self._by_node:
+            place = NodeAffinitySchedulingStrategy(node, soft=False)
+            killer: Any = ray.remote(num_cpus=0)(Killer)
+            self._by_node[node] = killer.options(scheduling_strategy=place).remote()
+        answer(self._by_node[node].ready.remote())
+        return self._by_node[node]
+
+    def close(self) -> None:
+        for killer in self._by_node.values() if ray.is_initialized() else ():  # else ray.kill would start it
+            ray.kill(killer)
 
 
 class Fault:
     """Kills, with -9 and once, a process of an actor as soon as `middle()`; the block is the run that it disturbs."""
 
-    def __init__(self, actor: str, middle: Callable[[], bool]):
+    def __init__(self, killers: Killers, actor: str, middle: Callable[[], bool]):
         """`actor` is how the name of the actor's class begins."""
-        self._actor, self._middle = actor, middle
+        self._killers, self._actor, self._middle = killers, actor, middle
         self._job = ray.get_runtime_context().get_job_id()
-        self._killers: dict[str, Any] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.killed = False
@@ -37,11 +55,8 @@ class Fault:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._done.set()
-        if kind is None:
-            self._thread.join(ANSWER_SECONDS)
-        for killer in self._killers.values():
-            with suppress(Exception):  # Ray may have been shut down
-                ray.kill(killer)
+        # After an error not for long, but Ray is going to be shut down, and who asks it then would start it anew.
+        self._thread.join(ANSWER_SECONDS if kind is None else LEAVE_SECONDS)
 
     def _watch(self) -> None:
         try:
@@ -49,7 +64,7 @@ class Fault:
                 victim = next(iter(own_actors(self._job, self._actor)), None)
                 if victim is None:
                     continue
-                killer = self._killer(victim["Address"]["NodeID"])
+                killer = self._killers.at(victim["Address"]["NodeID"])
                 if self._middle() and not self._done.is_set():
                     self.killed = answer(killer.kill.remote(victim["Pid"], f"ray::{self._actor}", self._job))
                     if self.killed:
@@ -57,14 +72,6 @@ class Fault:
                         return
         except Exception as error:  # said where the drill is; the run goes on
             self.error = " ".join(str(error).split())[:300]
-
-    def _killer(self, node: str) -> Any:
-        if node not in self._killers:
-            place = NodeAffinitySchedulingStrategy(node, soft=False)
-            killer: Any = ray.remote(num_cpus=0)(Killer)
-            self._killers[node] = killer.options(scheduling_strategy=place).remote()
-        answer(self._killers[node].ready.remote())
-        return self._killers[node]
 
 
 def answer(reference: Any) -> Any:
