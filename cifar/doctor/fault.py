@@ -42,6 +42,8 @@ class Fault:
         """`actor` is how the name of the actor's class begins."""
         self._killers, self._actor, self._middle = killers, actor, middle
         self._job = ray.get_runtime_context().get_job_id()
+        self._before: set[str] = set()
+        """Actors that earlier runs have left, some of which live on for a while."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.killed = False
@@ -50,6 +52,7 @@ class Fault:
         self.error = ""
 
     def __enter__(self) -> Self:
+        self._before = {one["ActorID"] for one in own_actors(self._job, self._actor)}
         self._thread.start()
         return self
 
@@ -61,7 +64,8 @@ class Fault:
     def _watch(self) -> None:
         try:
             while not self._done.wait(LOOK_SECONDS):
-                victim = next(iter(own_actors(self._job, self._actor)), None)
+                found = own_actors(self._job, self._actor)
+                victim = next((one for one in found if one["ActorID"] not in self._before), None)
                 if victim is None:
                     continue
                 killer = self._killers.at(victim["Address"]["NodeID"])
