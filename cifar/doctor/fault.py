@@ -21,8 +21,6 @@ class Killers:
 
     def __init__(self) -> None:
         self._by_node: dict[str, Any] = {}
-        # Now: after a sweep, this thread is told another one.
-        self.job = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
 
     def at(self, node: str) -> Any:
         if node not in self._by_node:
@@ -43,7 +41,7 @@ class Fault:
     def __init__(self, killers: Killers, actor: str, middle: Callable[[], bool]):
         """`actor` is how the name of the actor's class begins."""
         self._killers, self._actor, self._middle = killers, actor, middle
-        self._job = killers.job
+        self._job = ray.get_runtime_context().get_job_id()
         self._before: set[str] = set()
         """Actors that earlier runs have left, some of which live on for a while."""
         self._done = threading.Event()
