@@ -31,6 +31,10 @@ class LeanTrainer(DataParallelTrainer):
         get_or_create_autoscaling_coordinator()
         return super().fit()
 
+    def _register_sigint_handler(self, controller):
+        """Ctrl-C is the job's, which says so and exits with 130; Ray's own handler, which it leaves in place for what
+        comes after the run, exits with 0."""
+
     def _initialize_and_run_controller(self, **parts):
         assert self.run_config.failure_config is not None
         parts["failure_policy"] = Patience(self.run_config.failure_config)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +11,23 @@ from typing import Annotated, Any
 import tyro
 
 from cifar.cli import run_job
-from cifar.config import Config, RunFailed
+from cifar.config import Config, ConfigError, RunFailed
 from cifar.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     config: Config = field(default_factory=Config)
+    drill: bool = False
+    """Where nothing is in the way, also train, search and predict a little, kill a process of each, and compare the
+    results with those of undisturbed runs. Some minutes; only processes of its own are killed, and all that it writes
+    is deleted."""
     words: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Of the command line."""
+
+    def __post_init__(self) -> None:
+        if self.drill and self.config.run.workers == "0":
+            raise ConfigError("--drill: kills workers of Ray's, and --workers 0 has none; drop one of the two")
 
 
 def examine(flags: Flags) -> dict[str, Any]:
@@ -37,11 +46,12 @@ def examine(flags: Flags) -> dict[str, Any]:
         import ray
 
         from cifar.doctor.dashboard import check_dashboard
-        from cifar.doctor.submitted import check_inside
+        from cifar.doctor.submitted import DRILL_SECONDS, SECONDS, check_inside
 
         rest = [*check_dashboard(submits_to, os.environ, ray.__version__), check_working_dir(Path.cwd())]
         if not any(finding.level == "problem" for finding in rest):
-            rest += check_inside(submits_to, Path.cwd(), flags.words)
+            seconds = DRILL_SECONDS if flags.drill else SECONDS
+            rest += check_inside(submits_to, Path.cwd(), flags.words, seconds)
     else:
         from cifar.cluster import start_ray
         from cifar.doctor.cluster import check_cluster
@@ -49,8 +59,16 @@ def examine(flags: Flags) -> dict[str, Any]:
         start_ray(flags.config.run.verbose)
         rest = check_cluster(flags.config)
     for finding in rest:
-        print(finding)
+        print(finding, flush=True)
     problems = [finding for finding in (*findings, *rest) if finding.level == "problem"]
+    if flags.drill and not problems and not submits_to:
+        from cifar.doctor.drill import run_drills
+
+        with closing(run_drills(flags.config)) as tried:
+            for finding in tried:
+                print(finding, flush=True)
+                rest.append(finding)
+                problems += [finding] * (finding.level == "problem")
     result = {"findings": [asdict(finding) for finding in (*findings, *rest)]}
     if problems:
         failed = RunFailed(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}: see above")
