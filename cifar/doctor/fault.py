@@ -39,7 +39,7 @@ class Fault:
     """Kills, with -9 and once, a process of an actor as soon as `middle()`; the block is the run that it disturbs."""
 
     def __init__(self, killers: Killers, actor: str, middle: Callable[[], bool]):
-        """`actor` is how the name of the actor's class begins."""
+        """`actor` is how the name of the actor's class begins, without what the class is defined in."""
         self._killers, self._actor, self._middle = killers, actor, middle
         self._job = ray.get_runtime_context().get_job_id()
         self._before: set[str] = set()
@@ -70,7 +70,7 @@ class Fault:
                     continue
                 killer = self._killers.at(victim["Address"]["NodeID"])
                 if self._middle() and not self._done.is_set():
-                    self.killed = answer(killer.kill.remote(victim["Pid"], f"ray::{self._actor}", self._job))
+                    self.killed = answer(killer.kill.remote(victim["Pid"], self._actor, self._job))
                     if self.killed:
                         self.struck = self._middle()
                         return
@@ -83,9 +83,12 @@ def answer(reference: Any) -> Any:
 
 
 def own_actors(job: str, name: str) -> list[dict[str, Any]]:
-    """Those of the job, by its hex id, that are alive and whose class is called so, or so at the beginning."""
+    """Those of the job, by its hex id, that are alive and whose class is called so, or so at the beginning.
+
+    A class that a function defines has the function's name before its own, but only from the second one on.
+    """
     found = actors(job_id=ray.JobID(bytes.fromhex(job)), actor_state_name="ALIVE").values()
-    return [one for one in found if one["JobID"] == job and one["ActorClassName"].startswith(name)]
+    return [one for one in found if one["JobID"] == job and one["ActorClassName"].rpartition(".")[2].startswith(name)]
 
 
 class Killer:
@@ -94,13 +97,14 @@ class Killer:
     def ready(self) -> bool:
         return True
 
-    def kill(self, pid: int, title: str, job: str) -> bool:
-        """Kill the process, if it is still that of an actor of this title and of this Ray job."""
+    def kill(self, pid: int, name: str, job: str) -> bool:
+        """Kill the process, if it is still that of an actor of this class and of this Ray job."""
         import psutil  # pyright: ignore[reportMissingModuleSource]  # Ray's copy, on the path since Ray's import
 
         try:
             process = psutil.Process(pid)
-            if not process.cmdline()[0].startswith(title) or process.environ().get("RAY_JOB_ID") != job:
+            title = process.cmdline()[0]
+            if not title.startswith("ray::") or name not in title or process.environ().get("RAY_JOB_ID") != job:
                 return False
             process.kill()  # refuses a process that got the id of one that ended
         except (psutil.Error, IndexError):
