@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig
+from cifar.data.remote import StorageFailed
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
@@ -277,6 +278,29 @@ def test_a_damaged_version_is_not_served_and_the_old_one_stays(store: Store, tmp
     (Path(store.path) / "flowers" / bad / "model.safetensors").write_bytes(b"damaged")
     service._versions.refresh()
     assert service.selection.aliases == {"champion": old}
+    service.close()
+
+
+def test_a_store_that_is_away_for_a_while_is_followed_when_it_is_back(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that goes between two questions."""
+    service = Service(config_of(store))
+    old = service.selection.default.version
+    new = publish(store, tmp_path, "champion", 1)
+
+    def away(*_: Any) -> Any:
+        raise StorageFailed("away")
+
+    for question in ("aliases", "versions"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, question, away)
+            for _ in range(3):
+                service._versions.refresh()
+                assert ask(service, 1) == [old]
+    assert caplog.text.count("the versions stay as they are: away") == 1
+    service._versions.refresh()
+    assert ask(service, 1) == [new]
     service.close()
 
 

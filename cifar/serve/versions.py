@@ -70,7 +70,7 @@ class Versions:
         self._canary_since = ""
         self._store: Store | None = None
         self._reference = config.model
-        self._seen: object = None
+        self._seen: object = {}
         if config.model and (path := model_path(config.model)):
             with find_model(config.model, config.store) as found:
                 predictor = self._load(found.folder)
@@ -105,7 +105,9 @@ class Versions:
             if aliases != self._seen or not aliases:
                 self.selection = self._select(self.selection.served)
         except (ConfigError, OSError) as error:
-            if aliases != self._seen or aliases is None:
+            if isinstance(error, OSError):
+                aliases = None  # the store is away: what was seen has to be read again
+            if aliases != self._seen:
                 logger.warning("the versions stay as they are: %s", error)
         self._seen = aliases
 
