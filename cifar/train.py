@@ -1,11 +1,9 @@
 """`fit(config)`: the one driver, for a run and for a trial; data in, the run's folder with its best model out."""
 
-import errno
 import hashlib
 import importlib
 import json
 import logging
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -18,10 +16,10 @@ from pyarrow import fs
 
 from cifar.autoscaler import cluster_nodes
 from cifar.cluster import Plan, make_plan, start_ray
-from cifar.config import FREE_SPACE, Config, RunFailed
+from cifar.config import Config, RunFailed
 from cifar.data import Prepared, prepare
 from cifar.data.prepared import absolute, filesystem, join
-from cifar.data.remote import WholeFiles
+from cifar.data.remote import WholeFiles, storage_failure
 from cifar.data.shares import num_batches
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.progress import Mailbox, watch
@@ -174,9 +172,8 @@ def train_on_ray(job: "Job", plan: Plan, run_dir: RunDir, callbacks: Sequence[An
         often = (
             f", {MAX_FAILURES + 1} times without a checkpoint in between" if isinstance(error, WorkerGroupError) else ""
         )
-        cause = first_cause(error)
-        remedy = f"; {FREE_SPACE}" if os.strerror(errno.ENOSPC) in cause else ""
-        raise RunFailed(f"{run_dir.path}: {cause}{often}{remedy}") from error
+        cause = f"{first_cause(error)}{often}"
+        raise RunFailed(f"{run_dir.path}: {storage_failure(cause) or cause}") from error
     summary: dict[str, Any] = result.return_value or {}
     if "error" in summary:
         raise RunFailed(f"{run_dir.path}: {summary['error']}")

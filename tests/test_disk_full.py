@@ -1,5 +1,6 @@
 """Jobs on a disk that fills up while they run: one error, and once there is room the same command goes on."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,3 +83,23 @@ def test_predictions_go_on_with_the_same_bytes(disk: tuple[Isolated, Disk], tmp_
     fill_while(place, full, f"{command} {full.path}/out", lambda: any(full.seen.glob("out/.parts/*.npz")))
     (calm,), (filled,) = (list(path.glob("*.parquet")) for path in (tmp_path / "calm", full.seen / "out"))
     assert filled.read_bytes() == calm.read_bytes()
+
+
+def test_a_sweep_goes_on_and_has_no_trial_that_failed_for_want_of_room(
+    disk: tuple[Isolated, Disk], parquet: Path, tmp_path: Path
+) -> None:
+    place, full = disk
+    flags = f"--data {parquet} {' '.join(TINY)} --epochs 60 --trials 3 --space augment --scheduler none"
+    command = f"python jobs/tune.py {flags} --confirm 0 --publish none --name sweep --storage"
+    place.run(f"{command} {tmp_path}/calm", 240)
+    begun = [full.seen / f"sweep/trials/{number:05d}/metrics.jsonl" for number in range(3)]
+    fill_while(
+        place,
+        full,
+        f"{command} {full.path}",
+        lambda: any(path.exists() and len(path.read_text().splitlines()) >= 5 for path in begun),
+    )
+    calm, filled = (json.loads((path / "sweep/sweep.json").read_text()) for path in (tmp_path / "calm", full.seen))
+    for one, other in zip(calm["trials"], filled["trials"], strict=True):
+        assert (one["state"], one["values"]) == (other["state"], other["values"])
+        assert [row["val_loss"] for row in one["history"]] == [row["val_loss"] for row in other["history"]]

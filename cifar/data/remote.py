@@ -4,6 +4,7 @@ pyarrow's own client repeats a request for 6 s when it was made from a URI, and 
 Ray hands it to workers. Here three times too, which are done in 2 to 30 s; around that, this module goes on.
 """
 
+import errno
 import logging
 import os
 import random
@@ -18,13 +19,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from cifar.config import RunFailed
+from cifar.config import FREE_SPACE, RunFailed
 
 PATIENCE_SECONDS = 120.0
 """After so long without an answer a request is given up; the last attempt may take half a minute more."""
 SAY_SECONDS = 4.0
 """After so long the user is told that a storage does not answer."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 8.0
+_NO_ANSWER = "the storage has not answered for"
 _ATTEMPTS = 3
 _GCS_SECONDS = 10
 _BUFFER_BYTES = 64 << 20
@@ -46,7 +48,16 @@ half an object. What is kept here is closed when S3 is finalized, at the end of 
 
 
 class StorageFailed(RunFailed, OSError):
-    """A storage did not answer in time."""
+    """A storage did not answer in time, or is full."""
+
+
+def storage_failure(text: str) -> str:
+    """From an error's text, which may come from another process: what to tell the user if the storage is to blame, as
+    when it is away or full; else nothing."""
+    if _NO_ANSWER in text or FREE_SPACE in text:
+        return text
+    full = any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT))
+    return f"{text}; {FREE_SPACE}" if full else ""
 
 
 def persist(name: str, request: Callable[[], T], lost: Callable[[], T] | None = None) -> T:
@@ -72,7 +83,7 @@ def persist(name: str, request: Callable[[], T], lost: Callable[[], T] | None = 
             spent, cause = time.monotonic() - started_at, _brief(text)
             if spent + wait > PATIENCE_SECONDS:
                 raise StorageFailed(
-                    f"{name}: the storage has not answered for {spent:.0f} s ({cause}); "
+                    f"{name}: {_NO_ANSWER} {spent:.0f} s ({cause}); "
                     "give the same command again when it does, which then goes on"
                 ) from error
             if spent > SAY_SECONDS and not said:

@@ -24,6 +24,7 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from cifar.data.prepared import filesystem, join, parent
+from cifar.data.remote import StorageFailed, storage_failure
 from cifar.lean_trainer import release_workers
 from cifar.run_dir import RunDir
 from cifar.tune.ledger import BUDGET, Ledger, Trial
@@ -114,7 +115,14 @@ def execute(
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4 if space else None),
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except tune.TuneError as error:
+            # Of what a callback raises, Tune leaves the traceback's text.
+            *_, last = str(error).strip().splitlines()
+            if blamed := storage_failure(last.partition(": ")[2]):
+                raise StorageFailed(blamed) from None
+            raise
         recorder.finish()
     for trial in ledger.trials.values():
         if trial.state == "running":  # Tune ends what runs without a word when time is up
@@ -232,6 +240,8 @@ class Recorder(tune.Callback):
     ) -> None:
         self.moved()
         known = self._of(trial)
+        if "storage" in result:
+            raise StorageFailed(result["storage"])  # the others would come to the same
         if "failed" in result:
             self._outcomes[known.key] = ("failed", result["failed"])
         elif "stopped" in result:

@@ -14,6 +14,7 @@ from ray import tune
 from cifar.cluster import Plan
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data.prepared import Prepared, join, parent
+from cifar.data.remote import storage_failure
 from cifar.data.shares import num_batches
 from cifar.local import LocalContext, Rows, train_here
 from cifar.machine import usable_cpus
@@ -57,7 +58,7 @@ def run_trial(config: dict[str, Any], job: SweepJob) -> None:
     sweep's), and of a trial that has ended the `rows` that it reported: they are repeated, so that schedulers know.
 
     A failure is reported, not raised: to repeat it would not help. What kills the process is for Tune to repeat, and
-    the trial goes on from its last checkpoint.
+    the trial goes on from its last checkpoint. That the storage is away or full is no failure of the trial.
     """
     setting = config["trial"]
     for row in setting["rows"]:
@@ -80,7 +81,8 @@ def run_trial(config: dict[str, Any], job: SweepJob) -> None:
         else:
             outcome = trial.fit()
     except Exception as error:
-        tune.report({"failed": explain(error)})
+        blamed = storage_failure(str(error))
+        tune.report({"storage": blamed} if blamed else {"failed": explain(error)})
         return
     tune.report({"stopped": outcome})
 
