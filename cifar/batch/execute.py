@@ -13,7 +13,6 @@ import torch
 
 from cifar.batch.part import Decoded, PartPredictor, Summary, Target, decode_part
 from cifar.batch.source import Part
-from cifar.cluster import node_cores
 from cifar.config import ConfigError, RunFailed
 from cifar.predictor import Predictor
 from cifar.probe import other_nodes, probe, probe_source
@@ -155,6 +154,8 @@ class _Actor:
 
     def __init__(self, files: Any, target: Target, use_gpu: bool, sharing: int):
         import ray
+
+        from cifar.cluster import node_cores
 
         if use_gpu and not torch.cuda.is_available():
             raise RunFailed(
