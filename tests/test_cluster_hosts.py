@@ -147,7 +147,10 @@ def test_training_goes_on_by_the_same_command_when_the_head_was_lost(
         assert epochs == list(range(1, len(epochs) + 1))
 
 
-def test_predictions_lose_a_host_and_change_no_byte(hosts: Hosts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lose", [Hosts.kill, Hosts.cut], ids=["killed", "cut"])
+def test_predictions_lose_a_host_and_change_no_byte(
+    hosts: Hosts, tmp_path: Path, lose: Callable[[Hosts, str], None]
+) -> None:
     given = tmp_path / "given/test-00000-of-00001.parquet"
     write_parquet(given, [png(seed, 16) for seed in range(1200)], list(np.arange(1200) % 10))
 
@@ -159,7 +162,7 @@ def test_predictions_lose_a_host_and_change_no_byte(hosts: Hosts, tmp_path: Path
     driver = hosts.run(command("out", 0))
     wait_for(lambda: len(list(tmp_path.glob("out/.parts/*.npz"))) >= 10, "some parts")
     assert hosts.processes("w2", "ray::MapWorker")
-    hosts.kill("w2")
+    lose(hosts, "w2")
     assert driver.poll() is None
     assert driver.wait(300) == 0
     assert predictions(tmp_path / "out") == predictions(tmp_path / "calm")
@@ -171,7 +174,10 @@ def predictions(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in kept.items() if not name.startswith(("report", "figures", ".lock"))}
 
 
-def test_a_sweep_loses_a_host_and_no_trial(hosts: Hosts, config: Config, parquet: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lose", [Hosts.kill, Hosts.cut], ids=["killed", "cut"])
+def test_a_sweep_loses_a_host_and_no_trial(
+    hosts: Hosts, config: Config, parquet: Path, tmp_path: Path, lose: Callable[[Hosts, str], None]
+) -> None:
     """Those that ran on it go on elsewhere from their checkpoints; all end as they do by themselves."""
     (tmp_path / "space.py").write_text(SPACE)
     flags = ["--space", str(tmp_path / "space.py"), "--trials", "6", "--epochs", "12", "--scheduler", "none"]
@@ -182,8 +188,8 @@ def test_a_sweep_loses_a_host_and_no_trial(hosts: Hosts, config: Config, parquet
     begun = [tmp_path / f"sweep/trials/{number:05d}/metrics.jsonl" for number in range(6)]
     wait_for(lambda: any(3 <= len(read_lines(path)) < 9 for path in begun) or driver.poll() is not None, "a trial")
     (lost, *_) = [name for name in ("w1", "w2") if hosts.processes(name, "ray::ImplicitFunc")]
-    hosts.kill(lost)
-    assert driver.wait(240) == 0, (tmp_path / "log").read_text()
+    lose(hosts, lost)
+    assert driver.wait(300) == 0, (tmp_path / "log").read_text()
     trials = json.loads((tmp_path / "sweep/sweep.json").read_text())["trials"]
     assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials] == [
         (number, "completed", 12) for number in range(6)
