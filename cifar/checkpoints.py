@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ REPORT = "report.json"
 class Checkpoints:
     """`checkpoint_000000`, `checkpoint_000001` ... in a folder; of the others all but the best and the last go."""
 
-    def __init__(self, path: str):
-        self.path = absolute(path)
+    def __init__(self, path: str, permitted: Callable[[], None] = lambda: None):
+        """`permitted` raises if none may be added any more."""
+        self.path, self._permitted = absolute(path), permitted
         self._scores = self._read()
 
     def add(self, folder: Path, metrics: dict[str, Any], alone: bool = False) -> None:
@@ -29,12 +31,15 @@ class Checkpoints:
         if "://" in self.path:
             files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.name == REPORT)
             for file in files:
+                if file.name == REPORT:
+                    self._permitted()
                 write_file(join(self._of(number), file.relative_to(folder).as_posix()), file.read_bytes())
             shutil.rmtree(folder)
         else:
             partial = Path(self.path) / ".partial"
             shutil.rmtree(partial, ignore_errors=True)
             shutil.move(folder, partial)  # between file systems this copies; the rename shows it whole
+            self._permitted()
             os.rename(partial, self._of(number))
         self._scores[number] = metrics["score"]
         for other in self._scores.keys() - ({number} if alone else {self.best_number, number}):

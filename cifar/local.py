@@ -81,7 +81,7 @@ class LocalContext:
         self.run_dir, self.device = run_dir, device
         if exists(join(run_dir.path, "checkpoints/checkpoint_manager_snapshot.json")):
             raise ConfigError(f"{run_dir.path}: this run was begun by Ray; go on with --workers 1, or another --name")
-        self.checkpoints = Checkpoints(join(run_dir.path, "checkpoints"))
+        self.checkpoints = Checkpoints(join(run_dir.path, "checkpoints"), run_dir.require_owned)
         self.checkpoint = self.checkpoints.last()
         self._restarted = False
         self._copy_best()  # it may have been killed between the two

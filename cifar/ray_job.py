@@ -59,6 +59,7 @@ class Job:
     config: Config
     prepared: Prepared
     run_path: str
+    run_owner: str
     train: Blocks | None
     """None: streamed."""
     val: Blocks | None

@@ -68,7 +68,7 @@ class RayContext:
             require_seen(job.prepared.path, MANIFEST, "$CIFAR_CACHE")
         place = ray.train.get_context()
         self.rank, self.world_size = place.get_world_rank(), place.get_world_size()
-        self._run_dir, self._mailbox = RunDir(job.run_path), Mailbox(job.run_path)
+        self._run_dir, self._mailbox = RunDir(job.run_path, owner=job.run_owner), Mailbox(job.run_path)
         put = partial(self._mailbox.put, f"beat-{self.rank}")
         self._pulse = Pulse(put, self.world_size, ray.util.get_node_ip_address())
         use_gpu = bool(ray.get_gpu_ids())
@@ -111,6 +111,7 @@ class RayContext:
         checkpoint_wanted.clear()
         if checkpoint is not None:
             require_room(self._run_path, checkpoint)
+            self._run_dir.require_owned()
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(str(checkpoint)) if checkpoint else None,

@@ -6,6 +6,7 @@ Every file is written whole: a reader sees the old one or the new one.
 import fcntl
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from cifar.config import Config, ConfigError
-from cifar.data.prepared import Prepared, absolute, exists, filesystem, join, read_object, write_file
+from cifar.config import Config, ConfigError, RunFailed
+from cifar.data.prepared import Prepared, absolute, exists, filesystem, join, read_file, read_object, write_file
 
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
@@ -23,9 +24,10 @@ SWEEP_CONFIG = "sweep-config.json"
 
 
 class RunDir:
-    def __init__(self, path: str, hparams: dict[str, Any] | None = None):
-        """`hparams` are shown by TensorBoard beside the curves."""
+    def __init__(self, path: str, hparams: dict[str, Any] | None = None, owner: str = ""):
+        """`hparams` are shown by TensorBoard beside the curves; `owner` is of the process that this one works for."""
         self.path, self._hparams = path, hparams
+        self.owner = owner or uuid.uuid4().hex
 
     def open(self, config: Config, prepared: Prepared, changing: bool = False) -> None:
         """Claim the folder for this config and data; ConfigError when it holds another run, unless it is `changing`."""
@@ -47,9 +49,19 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process on this machine from training the same run; ConfigError if one does."""
+        """Own the run, and keep a second process on this machine from it, which gets a ConfigError."""
         with locked(self.path, "another process trains this run; wait, or give another --name"):
+            self.own()
             yield
+
+    def own(self) -> None:
+        """From now on who trained the run before, on a host that was taken for dead, can add no checkpoint to it."""
+        write_file(join(self.path, "owner"), self.owner.encode())
+
+    def require_owned(self) -> None:
+        """RunFailed if another process has taken the run over."""
+        if read_file(join(self.path, "owner")) != self.owner.encode():
+            raise RunFailed(f"{self.path}: another process has taken this run over; wait, or give another --name")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Rewrite metrics.jsonl and the TensorBoard events from all finished epochs."""

@@ -114,6 +114,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         config=config,
         prepared=prepared,
         run_path=run_dir.path,
+        run_owner=run_dir.owner,
         train=Blocks.put(prepared, "train") if resident else None,
         val=Blocks.put(prepared, "val") if resident else None,
     )

@@ -157,6 +157,8 @@ class Hosts:
     def start(self, name: str) -> None:
         """Start a host that was killed, and wait until it has joined."""
         before = self.joined(name)
+        # The kernel takes a namespace down when it has time, and a link that was cut not soon.
+        self._ip(f"link del {name}", check=False)
         self._boot(name)
         self.wait_until_joined(name, before)
 
@@ -240,8 +242,9 @@ class Hosts:
         process.stdin.write(b"\n")
         process.stdin.close()
 
-    def _ip(self, command: str) -> None:
-        subprocess.run(["nsenter", "-t", str(self._switch), "-n", "ip", *command.split()], check=True)
+    def _ip(self, command: str, check: bool = True) -> None:
+        enter = ["nsenter", "-t", str(self._switch), "-n"]
+        subprocess.run([*enter, "ip", *command.split()], check=check, capture_output=not check)
 
     def _on(self, name: str, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return self._in(self._pids[name], command, **options)

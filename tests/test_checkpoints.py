@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cifar.checkpoints import Checkpoints
-from cifar.config import Config
+from cifar.config import Config, RunFailed
 from cifar.data.prepared import filesystem, join, read_file
 from cifar.local import LocalContext
+from cifar.run_dir import RunDir
 from cifar.train import fit
 
 
@@ -50,6 +51,21 @@ def test_the_best_and_the_last_are_kept(path: str, tmp_path: Path) -> None:
     assert again.best() == join(path, "checkpoint_000001")
     assert not again.best_is_last
     assert read_file(join(again.best(), "model/config.json")) == b"1"
+
+
+def test_who_was_taken_over_adds_none(path: str, tmp_path: Path) -> None:
+    """It was on a host that was cut off, say, and trains on though the run goes on elsewhere."""
+    before, after = RunDir(path), RunDir(path)
+    before.own()
+    old = Checkpoints(path, before.require_owned)
+    old.add(make(tmp_path / "first", "0"), {"score": 0.5})
+    after.own()
+    new = Checkpoints(path, after.require_owned)
+    with pytest.raises(RunFailed, match="another process has taken this run over"):
+        old.add(make(tmp_path / "old", "old"), {"score": 0.9})
+    new.add(make(tmp_path / "new", "new"), {"score": 0.6})
+    assert read_file(join(new.best(), "state.pt")) == b"new"
+    assert Checkpoints(path).best() == new.best() == join(path, "checkpoint_000001")
 
 
 def test_one_that_begins_anew_is_alone(path: str, tmp_path: Path) -> None:

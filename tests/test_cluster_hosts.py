@@ -174,27 +174,47 @@ def predictions(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in kept.items() if not name.startswith(("report", "figures", ".lock"))}
 
 
+class Sweep:
+    """`jobs/tune.py` on the head, which loses a host once a trial is in its middle."""
+
+    def __init__(self, hosts: Hosts, parquet: Path, folder: Path, *flags: str):
+        (folder / "space.py").write_text(SPACE)
+        self._log, self._path = folder / "log", folder / "sweep"
+        self._hosts = hosts
+        command = [sys.executable, "jobs/tune.py", "--data", str(parquet), *SLOW[:-1], "22", "--epochs", "12"]
+        command += ["--space", str(folder / "space.py"), "--scheduler", "none", "--storage", str(folder)]
+        command += ["--name", "sweep", "--confirm", "0", "--publish", "none", *flags]
+        with self._log.open("wb") as log:
+            self._driver = hosts.run(command, log)
+
+    def wait_for_trial(self, title: str) -> str:
+        """The host of a process of this title, when a trial is in its middle."""
+
+        def in_the_middle() -> bool:
+            begun = self._path.glob("trials/*/metrics.jsonl")
+            return any(3 <= len(read_lines(path)) < 9 for path in begun) or self._driver.poll() is not None
+
+        wait_for(in_the_middle, "a trial")
+        return next(name for name in ("w1", "w2") if self._hosts.processes(name, title))
+
+    def trials(self, count: int) -> list[dict[str, Any]]:
+        """All trials at the sweep's end: each has done its epochs, one of them in more than one go."""
+        assert self._driver.wait(300) == 0, self._log.read_text()
+        trials = json.loads((self._path / "sweep.json").read_text())["trials"]
+        ended = [(trial["number"], trial["state"], trial["epochs"]) for trial in trials]
+        assert ended == [(number, "completed", 12) for number in range(count)]
+        assert any(trial["resumed"] for trial in trials)
+        return trials
+
+
 @pytest.mark.parametrize("lose", [Hosts.kill, Hosts.cut], ids=["killed", "cut"])
 def test_a_sweep_loses_a_host_and_no_trial(
     hosts: Hosts, config: Config, parquet: Path, tmp_path: Path, lose: Callable[[Hosts, str], None]
 ) -> None:
     """Those that ran on it go on elsewhere from their checkpoints; all end as they do by themselves."""
-    (tmp_path / "space.py").write_text(SPACE)
-    flags = ["--space", str(tmp_path / "space.py"), "--trials", "6", "--epochs", "12", "--scheduler", "none"]
-    where = ["--storage", str(tmp_path), "--name", "sweep", "--confirm", "0", "--publish", "none", "--workers", "1"]
-    with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "jobs/tune.py", "--data", str(parquet), *SLOW[:-1], "22", *flags, *where]
-        driver = hosts.run(command, log)
-    begun = [tmp_path / f"sweep/trials/{number:05d}/metrics.jsonl" for number in range(6)]
-    wait_for(lambda: any(3 <= len(read_lines(path)) < 9 for path in begun) or driver.poll() is not None, "a trial")
-    (lost, *_) = [name for name in ("w1", "w2") if hosts.processes(name, "ray::ImplicitFunc")]
-    lose(hosts, lost)
-    assert driver.wait(300) == 0, (tmp_path / "log").read_text()
-    trials = json.loads((tmp_path / "sweep/sweep.json").read_text())["trials"]
-    assert [(trial["number"], trial["state"], trial["epochs"]) for trial in trials] == [
-        (number, "completed", 12) for number in range(6)
-    ]
-    assert any(trial["resumed"] for trial in trials)
+    sweep = Sweep(hosts, parquet, tmp_path, "--trials", "6", "--workers", "1")
+    lose(hosts, sweep.wait_for_trial("ray::ImplicitFunc"))
+    trials = sweep.trials(6)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -204,3 +224,11 @@ def test_a_sweep_loses_a_host_and_no_trial(
             assert [row["val_loss"] for row in alone.history] == [row["val_loss"] for row in trial["history"]]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_trials_of_two_workers_wait_for_a_host_that_comes_back(hosts: Hosts, parquet: Path, tmp_path: Path) -> None:
+    sweep = Sweep(hosts, parquet, tmp_path, "--trials", "2", "--workers", "2", "--at-once", "1")
+    lost = sweep.wait_for_trial("ray::ImplicitFunc")  # with it goes the controller of the workers
+    hosts.kill(lost)
+    hosts.start(lost)
+    sweep.trials(2)

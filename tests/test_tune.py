@@ -557,7 +557,9 @@ def test_a_copied_trial_is_of_the_one_it_copied_and_of_nothing_before(
 
     def context(key: str, lr: float) -> TrialContext:
         (tmp_path / key / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return TrialContext(RunDir(str(tmp_path / key)), torch.device("cpu"), key, {"lr": lr})
+        run_dir = RunDir(str(tmp_path / key))
+        run_dir.own()
+        return TrialContext(run_dir, torch.device("cpu"), key, {"lr": lr})
 
     def train(one: TrialContext, epoch: int, accuracy: float) -> None:
         folder = tmp_path / "new"

@@ -112,10 +112,9 @@ class TrialRun:
         job, prepared = self.job, self.job.prepared
         run_dir = self._open(self.path, prepared)
         train, val = (None if b is None else Rows(b.read(0, b.rows[0])) for b in (job.train, job.val))
-        with run_dir.lock():
-            context = TrialContext(run_dir, self.device, self.key, self.values if job.changing else None)
-            context.begin()
-            return train_here(self.config, prepared, context, train, val)["stopped"]
+        context = TrialContext(run_dir, self.device, self.key, self.values if job.changing else None)
+        context.begin()
+        return train_here(self.config, prepared, context, train, val)["stopped"]
 
     def fit_folds(self) -> str:
         """One run after the other, each in a folder of its own; Tune hears the mean of those that are finished."""
@@ -127,9 +126,8 @@ class TrialRun:
             counts = job.prepared.counts | {"train": len(fold.train), "val": len(fold.val)}
             prepared = replace(job.prepared, counts=counts)
             run_dir = self._open(join(self.path, f"fold-{number}"), prepared)
-            with run_dir.lock():
-                context = LocalContext(run_dir, self.device)
-                summary = train_here(self.config, prepared, context, Rows(table, fold.train), Rows(table, fold.val))
+            context = LocalContext(run_dir, self.device)
+            summary = train_here(self.config, prepared, context, Rows(table, fold.train), Rows(table, fold.val))
             histories.append(summary["history"])
             best = [max(row["val_accuracy"] for row in history) for history in histories]
             row = {"epoch": number, "fold_accuracy": best[-1], "val_accuracy": float(np.mean(best))}
@@ -138,10 +136,12 @@ class TrialRun:
 
     def fit_on_workers(self) -> str:
         """The run on Ray Train's workers, whose reports Tune hears; their metrics are sums over all of them."""
-        from ray.tune.integration.ray_train import TuneReportCallback
+        from cifar.lean_trainer import release_workers
+        from cifar.tune.relay import Relay
 
         job, plan = self.job, self.job.plan
         run_dir = self._open(self.path, job.prepared)
+        release_workers(self.path)  # of this trial's process before, whose host was lost
         train_plan = Plan(
             min_workers=plan.workers,
             max_workers=plan.workers,
@@ -150,14 +150,23 @@ class TrialRun:
             loader="resident" if plan.resident else "streaming",
             reason=plan.reason,
         )
-        run = Job(config=self.config, prepared=job.prepared, run_path=self.path, train=job.train, val=job.val)
-        with run_dir.lock():
-            return train_on_ray(run, train_plan, run_dir, [TuneReportCallback()])["stopped"]
+        run = Job(
+            config=self.config,
+            prepared=job.prepared,
+            run_path=self.path,
+            run_owner=run_dir.owner,
+            train=job.train,
+            val=job.val,
+        )
+        with Relay.started() as relay:
+            return train_on_ray(run, train_plan, run_dir, [relay])["stopped"]
 
     def _open(self, path: str, prepared: Prepared) -> RunDir:
         num_batches(prepared.counts["train"], self.config.train.batch_size, max(self.job.plan.workers, 1))
         run_dir = RunDir(path, hparams=self.values)
         run_dir.open(self.config, prepared, changing=bool(self.job.changing))
+        # Not locked: one that goes on elsewhere would wait for its process on a host that was cut off.
+        run_dir.own()
         return run_dir
 
 
