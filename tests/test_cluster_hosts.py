@@ -123,6 +123,9 @@ def test_training_leaves_a_host_that_gives_notice_with_a_checkpoint_of_that_step
 ) -> None:
     with Training(hosts, parquet, tmp_path, workers="1:2") as training:
         training.wait_for_epoch(2)
+        # A notice finds Ray's watcher, which starts beside the workers, at work.
+        watched = [(name, "ray::PreemptionWatcher") for name in hosts.names]
+        training.wait_for(lambda: any(hosts.processes(*at) for at in watched), "the watcher")
         hosts.drain("w2", 600)
         training.wait_for(lambda: any(row["score"] < 0 for row in training.reported()), "a checkpoint in mid-epoch")
         training.wait_for_epoch(1)
@@ -164,7 +167,7 @@ def test_predictions_lose_a_host_and_change_no_byte(
     assert hosts.processes("w2", "ray::MapWorker")
     lose(hosts, "w2")
     assert driver.poll() is None
-    assert driver.wait(300) == 0
+    assert driver.wait(500) == 0  # a part that was on its way over a link that was cut is given up after three minutes
     assert predictions(tmp_path / "out") == predictions(tmp_path / "calm")
 
 
