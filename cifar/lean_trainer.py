@@ -1,8 +1,11 @@
 """Ray Train's data-parallel trainer without what our runs do not use, each piece of which starts a process."""
 
 import os
+import time
 from collections.abc import Sequence
 
+import ray
+from ray._private import state as ray_state
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -15,6 +18,10 @@ from cifar.elastic import Committed, Growth, Patience
 UNUSED = {"DatasetsCallback"}
 # Its actor frees the placement group of a driver that died, where the cluster lives on.
 UNUSED_ON_OWN_CLUSTER = {"PlacementGroupCleanerCallback"}
+
+
+RELEASE_SECONDS = 60.0
+"""Within which a controller is dead whose trial was killed; on busy cores it took more than two."""
 
 
 class LeanTrainer(DataParallelTrainer):
@@ -51,24 +58,38 @@ class LeanTrainer(DataParallelTrainer):
 
 
 class PlacementNote(WorkerGroupCallback):
-    """Runs in the controller, and notes the workers' placement group where another process finds it."""
+    """Runs in the controller, and notes who it is, and the workers' placement group, where another process finds it."""
 
     def __init__(self, name: str):
         self._name = name
 
     def after_worker_group_start(self, worker_group):
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        internal_kv._internal_kv_put(_key(self._name), group.id.binary(), overwrite=True)
+        note = f"{ray.get_runtime_context().get_actor_id()} {group.id.hex()}"
+        internal_kv._internal_kv_put(_key(self._name), note.encode(), overwrite=True)
 
 
-def release_workers(name: str) -> None:
-    """Free what the workers of an ended trainer hold. A controller that is killed, as Tune kills a trial's, leaves its
-    placement group behind, and the next trial would wait for it for ever; Ray's own cleaner needs the dashboard."""
-    if value := internal_kv._internal_kv_get(_key(name)):
-        from ray import PlacementGroupID
+def release_workers(name: str) -> bool:
+    """Free what the workers of an ended trainer hold; False as long as its controller lives, which would start others.
 
-        remove_placement_group(PlacementGroup(PlacementGroupID(value)))
+    A controller that is killed, as Tune kills a trial's, leaves its placement group behind, and the next trial would
+    wait for it for ever; Ray's own cleaner needs the dashboard.
+    """
+    note = internal_kv._internal_kv_get(_key(name))
+    if note:
+        controller, group = note.decode().split()
+        if ray_state.actors(controller).get("State", "DEAD") != "DEAD":
+            return False
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
         internal_kv._internal_kv_del(_key(name))
+    return True
+
+
+def release_workers_soon(name: str) -> None:
+    """The same, as soon as the controller is dead, who dies with the process that started it."""
+    end = time.monotonic() + RELEASE_SECONDS
+    while not release_workers(name) and time.monotonic() < end:
+        time.sleep(0.2)
 
 
 def _key(name: str) -> bytes:

@@ -104,6 +104,8 @@ class Hosts:
                 "PYTHONPATH": str(ROOT),
                 "PYTHONUNBUFFERED": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",  # hosts share this machine's cores
+                # Who waits for an answer over a dead link gives up after so long; as in `cluster/`.
+                "RAY_grpc_client_keepalive_timeout_ms": "20000",
                 **haproxy(self.folder / "proxy"),
             }
             switch = self._spawn(["unshare", "-p", "-f", "--mount-proc", "-n", "--kill-child", "sleep", "infinity"])

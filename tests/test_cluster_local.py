@@ -108,7 +108,7 @@ def test_nodes_come_for_a_run_and_vanish_after_it(cluster: Isolated, parquet: Pa
     assert "3 workers" in output
     (run,) = (cluster.folder / "runs").iterdir()
     assert json.loads((run / "report.json").read_text())["count"] == 60
-    wait_for(lambda: nodes(cluster) == 1, "only the head is left", 120)
+    wait_for(lambda: nodes(cluster) == 1, "only the head is left", 180, pause=1)
 
 
 def test_the_service_is_deployed_and_answers(cluster: Isolated) -> None:

@@ -7,7 +7,6 @@ thrown away.
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,7 +24,7 @@ from ray.tune.search import Searcher
 
 from cifar.data.prepared import filesystem, join, parent
 from cifar.data.remote import StorageFailed, storage_failure
-from cifar.lean_trainer import release_workers
+from cifar.lean_trainer import get_or_create_autoscaling_coordinator, release_workers, release_workers_soon
 from cifar.run_dir import RunDir
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.settings import TuneConfig
@@ -34,8 +33,6 @@ from cifar.tune.trial import SweepJob, run_trial
 from cifar.waiting import Request, explained, unplaced_group
 
 METRIC = "val_accuracy"
-RELEASE_SECONDS = 2.0
-"""Within which the process of an ended trial is gone, and the controller of its workers with it."""
 REMEDY = "stop this command, which goes on from here when it is given again"
 MAX_DEATHS = 3
 """Of a trial's process, after each of which the trial goes on from its checkpoint."""
@@ -81,6 +78,10 @@ def execute(
         space = tune.grid_search([setting_of(trial) for trial in left])
         searching = {}
     recorder = Recorder(ledger, explain_stop, release=bool(job.plan.workers))
+    if job.plan.workers:
+        # Ray Train asks for it, and would start it for good where the first trial happens to be: on a node that an
+        # autoscaler could then never take away.
+        get_or_create_autoscaling_coordinator()
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job), job.plan.resources)
     plan = job.plan
     each = {"CPU": plan.cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
@@ -216,7 +217,8 @@ class Recorder(tune.Callback):
         self._keys: dict[str, str] = {}
         """Of the ledger, by Tune's; under population based training Tune changes a trial's setting."""
         self._outcomes: dict[str, tuple[str, str]] = {}
-        self._to_release: list[tuple[float, str]] = []
+        self._to_release: list[str] = []
+        """Runs of ended trials, whose controllers may live a little longer."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -250,25 +252,20 @@ class Recorder(tune.Callback):
             self._ledger.progressed(known, {name: result[name] for name in ROW if name in result})
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        while self._to_release and self._to_release[0][0] <= time.monotonic():
-            self._clear()
+        for path in [path for path in self._to_release if release_workers(path)]:
+            self._to_release.remove(path)
+            RunDir(path).copy_best_model()
 
     def finish(self) -> None:
-        while self._to_release:
-            time.sleep(max(self._to_release[0][0] - time.monotonic(), 0.0))
-            self._clear()
-
-    def _clear(self) -> None:
-        """What an ended trial of several workers left to do."""
-        _, path = self._to_release.pop(0)
-        release_workers(path)
-        RunDir(path).copy_best_model()
+        """What ended trials of several workers left to do."""
+        for path in self._to_release:
+            release_workers_soon(path)
+            RunDir(path).copy_best_model()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self._of(trial)
         if self._release:
-            # Not now: its controller lives, and would start its workers again.
-            self._to_release.append((time.monotonic() + RELEASE_SECONDS, self._ledger.path_of(known)))
+            self._to_release.append(self._ledger.path_of(known))
         if known.done:
             return
         state, reason = self._outcomes.pop(known.key, (None, ""))
@@ -284,7 +281,7 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         known = self._of(trial)
         if self._release:
-            self._to_release.append((time.monotonic() + RELEASE_SECONDS, self._ledger.path_of(known)))
+            self._to_release.append(self._ledger.path_of(known))
         if not known.done:
             error = trial.get_error()
             text = f": {' '.join(str(error).split())[:300]}" if error else ""

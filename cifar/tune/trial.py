@@ -136,12 +136,12 @@ class TrialRun:
 
     def fit_on_workers(self) -> str:
         """The run on Ray Train's workers, whose reports Tune hears; their metrics are sums over all of them."""
-        from cifar.lean_trainer import release_workers
+        from cifar.lean_trainer import release_workers_soon
         from cifar.tune.relay import Relay
 
         job, plan = self.job, self.job.plan
         run_dir = self._open(self.path, job.prepared)
-        release_workers(self.path)  # of this trial's process before, whose host was lost
+        release_workers_soon(self.path)  # of this trial's process before, whose host was lost
         train_plan = Plan(
             min_workers=plan.workers,
             max_workers=plan.workers,
