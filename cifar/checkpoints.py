@@ -1,5 +1,6 @@
 """The best checkpoint of a run and its last, for a worker that has no Ray Train to keep them: local or behind a URI."""
 
+import errno
 import json
 import os
 import shutil
@@ -38,9 +39,9 @@ class Checkpoints:
         else:
             partial = Path(self.path) / ".partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.move(folder, partial)  # between file systems this copies; the rename shows it whole
+            move(folder, partial)
             self._permitted()
-            os.rename(partial, self._of(number))
+            os.rename(partial, self._of(number))  # shows it whole
         self._scores[number] = metrics["score"]
         for other in self._scores.keys() - ({number} if alone else {self.best_number, number}):
             self._remove(other)
@@ -106,3 +107,22 @@ class Checkpoints:
             os.rename(self._of(number), partial)
             shutil.rmtree(partial)
         del self._scores[number]
+
+
+def move(folder: Path, target: Path) -> None:
+    """Move a folder, also to another file system, whose OSError is raised as it is: shutil's tells no errno, by which
+    a full disk is known."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        for file in folder.rglob("*"):
+            copy = target / file.relative_to(folder)
+            if file.is_dir():
+                copy.mkdir(parents=True, exist_ok=True)
+            else:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """Checkpoints without Ray Train: the best and the last are kept, and only whole ones are found."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar.checkpoints import Checkpoints
+from cifar.checkpoints import Checkpoints, move
 from cifar.config import Config, RunFailed
 from cifar.data.prepared import filesystem, join, read_file
 from cifar.local import LocalContext
@@ -66,6 +67,31 @@ def test_who_was_taken_over_adds_none(path: str, tmp_path: Path) -> None:
     new.add(make(tmp_path / "new", "new"), {"score": 0.6})
     assert read_file(join(new.best(), "state.pt")) == b"new"
     assert Checkpoints(path).best() == new.best() == join(path, "checkpoint_000001")
+
+
+def test_a_full_disk_is_told_by_its_errno(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the checkpoint comes from another file system, and is moved file by file."""
+
+    def elsewhere(*paths: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar.checkpoints.os.rename", elsewhere)
+        move(make(tmp_path / "moved", "text"), tmp_path / "there")
+        assert (tmp_path / "there/model/config.json").read_text() == "text"
+        assert not (tmp_path / "moved").exists()
+        patch.setattr("cifar.checkpoints.shutil.copyfile", full)
+        with pytest.raises(OSError, match="No space left") as failed:
+            checkpoints.add(make(tmp_path / "new", "0"), {"score": 0.5})
+    assert failed.value.errno == errno.ENOSPC
+    assert names(str(tmp_path / "checkpoints")) == [".partial"], "which is no checkpoint"
+    checkpoints.add(tmp_path / "new", {"score": 0.5})
+    assert names(str(tmp_path / "checkpoints")) == ["checkpoint_000000"]
 
 
 def test_one_that_begins_anew_is_alone(path: str, tmp_path: Path) -> None:
