@@ -18,8 +18,6 @@ from cifar.elastic import Committed, Growth, Patience
 UNUSED = {"DatasetsCallback"}
 # Its actor frees the placement group of a driver that died, where the cluster lives on.
 UNUSED_ON_OWN_CLUSTER = {"PlacementGroupCleanerCallback"}
-
-
 RELEASE_SECONDS = 60.0
 """Within which a controller is dead whose trial was killed; on busy cores it took more than two."""
 

@@ -21,6 +21,8 @@ SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "im
 
 SWEEP_CONFIG = "sweep-config.json"
 """What a sweep's folder holds in place of config.json."""
+OWNER = ".owner"
+"""Names the attempt that may add checkpoints."""
 
 
 class RunDir:
@@ -56,11 +58,11 @@ class RunDir:
 
     def own(self) -> None:
         """From now on who trained the run before, on a host that was taken for dead, can add no checkpoint to it."""
-        write_file(join(self.path, "owner"), self.owner.encode())
+        write_file(join(self.path, OWNER), self.owner.encode())
 
     def require_owned(self) -> None:
         """RunFailed if another process has taken the run over."""
-        if read_file(join(self.path, "owner")) != self.owner.encode():
+        if read_file(join(self.path, OWNER)) != self.owner.encode():
             raise RunFailed(f"{self.path}: another process has taken this run over; wait, or give another --name")
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
