@@ -111,10 +111,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    model: Literal["cnn", "notebook"] = "cnn"
-    """`cnn`: small and fast, patch-whitening first layer. `notebook`: conv-conv-pool-dropout blocks, dense head."""
+    model: str = "cnn"
+    """`cnn`: small and fast, patch-whitening first layer. `notebook`: conv-conv-pool-dropout blocks, dense head. Or a
+    classification network of torchvision, such as resnet18, mobilenet_v2, convnext_tiny, vit_b_16."""
+    stem: Literal["auto", "small", "original"] = "auto"
+    """First layers of torchvision's networks: their own, or one 3x3 convolution without pooling (smaller patches, where
+    they cut patches), as images of up to 64 pixels get with `auto`."""
     widths: tuple[int, ...] = (64, 256, 256)
-    """Channels of each convolution group."""
+    """Channels of each convolution group of `cnn` and `notebook`."""
     depths: tuple[int, ...] = (2,)
     """Convolutions of each group of `cnn`, or one number for all; 3 and more come with a shortcut around them."""
     dropout: float = 0.0
@@ -124,6 +128,12 @@ class ModelConfig:
     shifted by a pixel (Jordan 2024). Validation during training does without."""
 
     def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"\w{1,60}", self.model) is not None,
+            "model",
+            repr(self.model),
+            "use cnn, notebook, or a name of torchvision's, such as resnet18",
+        )
         _require(
             1 <= len(self.widths) <= 8 and all(1 <= width <= 8192 for width in self.widths),
             "widths",
@@ -137,6 +147,11 @@ class ModelConfig:
             f"give one count, 1 to 100, or one for each of the {len(self.widths)} groups of --widths",
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "use a share from 0 to below 1")
+
+    @property
+    def from_zoo(self) -> bool:
+        """Whether another library has the network."""
+        return self.model not in ("cnn", "notebook")
 
 
 @dataclass(frozen=True, kw_only=True)

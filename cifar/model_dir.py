@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import cifar
 from cifar.config import Config, ConfigError
 from cifar.models import Classifier, build_model
+from cifar.models.empty import EmptyParameters
 
 FORMAT = 2
 MAX_CLASSES = 100_000
@@ -89,7 +90,10 @@ def load_model(folder: str | Path) -> LoadedModel:
         raise ConfigError(f"{path}: not a model's description, {error!r}; save the model again") from error
     try:
         model = _empty_model(info, _shapes(weights))
-        model.to_empty(device="cpu").load_state_dict(load_file(weights))
+        types = {name: value.dtype for name, value in model.state_dict().items()}
+        # Copies: what is read lies in pages of the file, and may be of half precision.
+        tensors = {name: value.to(types[name], copy=True) for name, value in load_file(weights).items()}
+        model.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{weights}: not the weights that config.json describes: {error}") from error
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -127,8 +131,8 @@ def _shapes(weights: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _empty_model(info: ModelInfo, shapes: dict[str, tuple[int, ...]]) -> Classifier:
-    """The network on the meta device, which holds no memory; ValueError if its weights have not these shapes."""
-    with torch.device("meta"):
+    """The network without memory for its weights; ValueError if they have not these shapes."""
+    with EmptyParameters():
         model = build_model(info.config, len(info.classes), info.mean, info.std)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):

@@ -62,6 +62,7 @@ def fit(config: Config) -> Run:
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
     config = config.with_batch_size(prepared.counts["train"])
     num_batches(prepared.counts["train"], config.train.batch_size, world_size=1)  # refuses what has no batch
+    say_network(config, prepared)
     run_dir = RunDir(join(absolute(config.run.storage), config.run.name or default_name(config, prepared)))
     if in_process:
         from cifar.local import fit_in_process
@@ -77,6 +78,14 @@ def fit(config: Config) -> Run:
         train_seconds=summary["train_seconds"],
         stopped=summary["stopped"],
     )
+
+
+def say_network(config: Config, prepared: Prepared) -> None:
+    """Log what another library's network is; ConfigError if there is none of this name, or for such images."""
+    if config.model.from_zoo:
+        from cifar.training import check_network  # needs torch, which this process does without otherwise
+
+        logger.info("%s", check_network(config, len(prepared.classes)))
 
 
 def prepare_while_ray_starts(config: Config) -> Prepared:

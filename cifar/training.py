@@ -21,6 +21,7 @@ from cifar.loop import epoch_size, train_epoch
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import Classifier, build_model
+from cifar.models.zoo import check_zoo
 from cifar.optim import Averager, build_averager, build_optimizer
 from cifar.selection import Selection
 
@@ -85,6 +86,17 @@ class Training:
             self.selection.load_state_dict(state["selection"])
 
 
+def epoch_sizes(config: Config) -> set[int]:
+    """Sides in pixels of the images that the network gets, in training and afterwards."""
+    trained = {epoch_size(config.train, config.data.image_size, epoch) for epoch in range(config.train.epochs)}
+    return trained | {config.data.image_size}
+
+
+def check_network(config: Config, num_classes: int) -> str:
+    """What network of another library will be trained; ConfigError if it can't take what it is going to get."""
+    return check_zoo(config, num_classes, epoch_sizes(config))
+
+
 def build_training(config: Config, prepared: Prepared, loader: Loader, context: Context) -> Training:
     """Network, optimizer and average at step 0; rank 0's weights are everyone's."""
     torch.manual_seed(derive_seed(config.train.seed, "weights"))
@@ -99,7 +111,7 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
         # Static shapes: a resumed run compiles each size as the first run did. CUDA graphs spare a GPU the launches.
         # Not with micro-batches: the next one's graph may overwrite the gradients that the last one left.
         graphs = context.device.type == "cuda" and context.world_size == 1 and config.optim.accumulate == 1
-        sizes = {epoch_size(config.train, config.data.image_size, epoch) for epoch in range(config.train.epochs)}
+        sizes = epoch_sizes(config)
         # Beyond the limit, 8 shapes, torch would run the others uncompiled.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, len(sizes) + 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cifar.config import Config
 from cifar.models.cnn import Cnn
 from cifar.models.notebook import NotebookCnn
+from cifar.models.zoo import ZooNetwork, build_zoo
 
 __all__ = ["Normalize", "build_model"]
 
@@ -32,7 +33,7 @@ class Normalize(nn.Module):
 class Classifier(nn.Module):
     """`Normalize` and a network; `head` is the last linear layer, which some optimizers treat apart."""
 
-    def __init__(self, normalize: Normalize, network: Cnn | NotebookCnn):
+    def __init__(self, normalize: Normalize, network: Cnn | NotebookCnn | ZooNetwork):
         super().__init__()
         self.normalize = normalize
         self.network = network
@@ -58,8 +59,12 @@ def build_model(
 
     `mean` and `std` are the training data's, per channel, in 0..255.
     """
-    if config.model.model == "cnn":
-        network = Cnn(num_classes, config.model.widths, config.model.depths, config.model.dropout)
-    else:
-        network = NotebookCnn(num_classes, config.model.widths, config.model.dropout, config.data.image_size)
+    model, size = config.model, config.data.image_size
+    match model.model:
+        case "cnn":
+            network = Cnn(num_classes, model.widths, model.depths, model.dropout)
+        case "notebook":
+            network = NotebookCnn(num_classes, model.widths, model.dropout, size)
+        case _:
+            network = build_zoo(config, num_classes)
     return Classifier(Normalize(mean, std), network).to(memory_format=torch.channels_last)  # pyright: ignore

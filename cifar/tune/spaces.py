@@ -51,4 +51,4 @@ SPACES: dict[str, Space] = {"fast": FAST, "notebook": NOTEBOOK, "optimizer": OPT
 
 def space_for(model: str) -> str:
     """Name of the space that suits a network."""
-    return "notebook" if model == "notebook" else "fast"
+    return {"cnn": "fast", "notebook": "notebook"}.get(model, "optimizer")
