@@ -122,7 +122,9 @@ class ModelConfig:
     depths: tuple[int, ...] = (2,)
     """Convolutions of each group of `cnn`, or one number for all; 3 and more come with a shortcut around them."""
     dropout: float = 0.0
-    """Dropout share: after each block of `notebook` (rising by 0.1 a block), before the head of `cnn`."""
+    """Dropout share: after each block of `notebook` (rising by 0.1 a block), before the head of the others."""
+    head_norm: bool = False
+    """Batch norm before the head of torchvision's networks."""
     tta: TestTimeAugmentation = "none"
     """What an answer is the mean over, where the network is unsure: the image, with its mirror image, or both also
     shifted by a pixel (Jordan 2024). Validation during training does without."""
@@ -152,6 +154,41 @@ class ModelConfig:
     def from_zoo(self) -> bool:
         """Whether another library has the network."""
         return self.model not in ("cnn", "notebook")
+
+    @property
+    def draws(self) -> bool:
+        """Whether the network draws random numbers when it trains, as those of other libraries may."""
+        return self.dropout > 0 or self.from_zoo
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    pretrained: bool = False
+    """Start from torchvision's weights of ImageNet, with their normalisation; fetched once into torch's hub cache."""
+    weights: str = ""
+    """Start from the weights in this file or model folder, a path or URI, as far as they fit: safetensors, or what
+    torch.save wrote if it holds tensors alone."""
+    train_blocks: int = -1
+    """How many blocks before the head train with it; the others are frozen, their batch norm's statistics too. 0: the
+    head alone, a linear probe; -1: all."""
+    unfreeze_epochs: int = 0
+    """Gradual unfreezing (Howard and Ruder 2018): begin with the head alone, and let one more block train after each so
+    many epochs; 0: all that train do so at once."""
+    layer_decay: float = 1.0
+    """Learning rate of each block over that of the block after it (Clark 2020); 1: the same for all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.pretrained and self.weights), "weights", self.weights, "is another start than --pretrained's"
+        )
+        _require(self.train_blocks >= -1, "train-blocks", self.train_blocks, "use a count, or -1 for all")
+        _require(self.unfreeze_epochs >= 0, "unfreeze-epochs", self.unfreeze_epochs, "use 0 or more")
+        _require(0 < self.layer_decay <= 1, "layer-decay", self.layer_decay, "use a share above 0, up to 1")
+
+    @property
+    def starts(self) -> bool:
+        """Whether there are weights to start from."""
+        return self.pretrained or bool(self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +308,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -306,6 +344,18 @@ class Config:
             "augment-on",
             "data",
             "needs Ray Data; use --workers 1, or --augment-on device",
+        )
+        _require(
+            not self.transfer.pretrained or self.model.from_zoo,
+            "pretrained",
+            "",
+            f"there are no weights of ImageNet for {self.model.model}; use a --model of torchvision's, or --weights",
+        )
+        _require(
+            self.optim.optimizer != "muon" or (self.transfer.layer_decay == 1 and not self.transfer.unfreeze_epochs),
+            "optimizer",
+            "muon",
+            "sets the size of its steps itself; with --layer-decay or --unfreeze-epochs use adamw or sgd",
         )
         if self.model.model == "notebook":
             _require(

@@ -15,6 +15,7 @@ from cifar.data.prepared import Arrays
 from cifar.metrics import Totals
 from cifar.optim import Averager, lr_scale, native_bf16, set_lr
 from cifar.selection import Selection
+from cifar.transfer import resting
 
 
 def train_epoch(
@@ -42,6 +43,7 @@ def train_epoch(
     of each image goes to `selection`. After each step `after_step(steps done in this epoch)` may end the epoch early by
     returning True.
     """
+    at_rest = resting(unwrapped(model), config.transfer, epoch)  # pyright: ignore[reportArgumentType]
     model.train()
     device = totals.sums.device
     size = epoch_size(config.train, config.data.image_size, epoch)
@@ -57,7 +59,7 @@ def train_epoch(
         if mixing:
             images, targets = mix(images, targets, config.augment, num_classes, seed=seed, epoch=epoch, step=step)
         images = resize(images, size)
-        if config.model.dropout:
+        if config.model.draws:
             torch.manual_seed(derive_seed(seed, step, rank, "dropout"))
         optimizer.zero_grad(set_to_none=True)
         chunks = (column.chunk(micro_batches) for column in (images, targets, batch.indices))
@@ -75,6 +77,8 @@ def train_epoch(
             totals.add(logits, wanted, loss)
             if selection is not None:
                 selection.add(indices, losses)
+        for parameter in at_rest:
+            parameter.grad = None
         if config.optim.clip_norm:
             nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
         optimizer.step()

@@ -8,7 +8,7 @@ step. Gradients are taken to be those of the mean loss over the batch.
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +30,25 @@ DEFAULT_LR = {"sgd": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "muon":
 PULL_STEPS = 5  # lookahead's k, as in Zhang 2019
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, batch_size: int, rates: Mapping[int, float] | None = None
+) -> Optimizer:
     """Optimizer over the trainable parameters of `model`; each group holds its peak learning rate as "peak_lr".
 
     Biases and norm parameters (those of fewer than two dimensions) have no weight decay. Muon takes the filters and
     hidden matrices; biases, norms and `model.head` go to SGD with Nesterov momentum. `batch_size` counts the images
-    of one optimizer step over all workers.
+    of one optimizer step over all workers. `rates` has, by their ids, the parameters whose rate is only a share of
+    `config.lr`; Muon knows none.
     """
     lr, momentum, decay = config.lr, config.momentum, config.weight_decay
-    matrices, vectors = _split(model.parameters())
-    groups = _groups({"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0})
+    rates = rates or {}
+    groups: list[dict[str, Any]] = []
+    for share in sorted({rates.get(id(parameter), 1.0) for parameter in model.parameters()}, reverse=True):
+        matrices, vectors = _split(p for p in model.parameters() if rates.get(id(p), 1.0) == share)
+        common = {"lr": lr * share}
+        groups += _groups(
+            {"params": matrices, "weight_decay": decay} | common, {"params": vectors, "weight_decay": 0.0} | common
+        )
     match config.optimizer:
         case "sgd":
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)

@@ -81,11 +81,12 @@ def fit(config: Config) -> Run:
 
 
 def say_network(config: Config, prepared: Prepared) -> None:
-    """Log what another library's network is; ConfigError if there is none of this name, or for such images."""
-    if config.model.from_zoo:
+    """Log another library's network, and the weights to start from; ConfigError if they won't do."""
+    if config.model.from_zoo or config.transfer.starts:
         from cifar.training import check_network  # needs torch, which this process does without otherwise
 
-        logger.info("%s", check_network(config, len(prepared.classes)))
+        for line in check_network(config, prepared):
+            logger.info("%s", line)
 
 
 def prepare_while_ray_starts(config: Config) -> Prepared:

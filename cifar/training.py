@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cifar import transfer
 from cifar.augment import derive_seed
 from cifar.config import Config
 from cifar.context import Context
@@ -21,6 +22,7 @@ from cifar.loop import epoch_size, train_epoch
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
 from cifar.models import Classifier, build_model
+from cifar.models.empty import EmptyParameters
 from cifar.models.zoo import check_zoo
 from cifar.optim import Averager, build_averager, build_optimizer
 from cifar.selection import Selection
@@ -92,9 +94,16 @@ def epoch_sizes(config: Config) -> set[int]:
     return trained | {config.data.image_size}
 
 
-def check_network(config: Config, num_classes: int) -> str:
-    """What network of another library will be trained; ConfigError if it can't take what it is going to get."""
-    return check_zoo(config, num_classes, epoch_sizes(config))
+def check_network(config: Config, prepared: Prepared) -> list[str]:
+    """What will be trained, and what it starts from; ConfigError if it can't take the images or the weights."""
+    lines = []
+    if config.model.from_zoo:
+        lines.append(check_zoo(config, len(prepared.classes), epoch_sizes(config)))
+    if start := transfer.find_start(config):
+        with EmptyParameters():
+            network = build_model(config, len(prepared.classes), prepared.mean, prepared.std)
+        lines.append(transfer.describe(network, start))
+    return lines
 
 
 def build_training(config: Config, prepared: Prepared, loader: Loader, context: Context) -> Training:
@@ -102,6 +111,7 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     torch.manual_seed(derive_seed(config.train.seed, "weights"))
     network = build_model(config, len(prepared.classes), prepared.mean, prepared.std).to(context.device)
     network.init_from(loader.sample(WHITENING_SAMPLE))
+    transfer.begin(network, config, load=context.rank == 0 and context.checkpoint is None)
     if context.world_size > 1:
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -123,7 +133,8 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
         model = nn.parallel.DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=True, forward_sync_buffers=False
         )
-    optimizer = build_optimizer(network, config.optim, config.train.batch_size)
+    rates = transfer.rates(network, config.transfer)
+    optimizer = build_optimizer(network, config.optim, config.train.batch_size, rates)
     selection = None
     if config.train.skip_easy and loader.chooses:
         num_images = sum(prepared.counts.values()) + prepared.quarantined  # as many as the source numbers
@@ -172,7 +183,7 @@ def save_checkpoint(config: Config, prepared: Prepared, training: Training, posi
     """Write `model/`, `state.pt` and `position.json` to a new local folder, and return it."""
     folder = Path(tempfile.mkdtemp(prefix="cifar-checkpoint-"))
     metrics = dict(position.history[-1]) if position.history else {}
-    save_model(folder / "model", training.evaluated, model_info(config, prepared), metrics)
+    save_model(folder / "model", training.evaluated, model_info(config, prepared, training.network), metrics)
     torch.save(training.state_dict(), folder / "state.pt")
     (folder / "position.json").write_text(json.dumps(dataclasses.asdict(position)))
     return folder
@@ -185,12 +196,15 @@ def load_checkpoint(folder: Path, training: Training) -> Position:
     return Position(**values | {"sums": tuple(values["sums"])})
 
 
-def model_info(config: Config, prepared: Prepared) -> ModelInfo:
+def model_info(config: Config, prepared: Prepared, network: Classifier) -> ModelInfo:
+    mean, std = prepared.mean, prepared.std
+    if config.transfer.starts:  # with the normalisation of what it starts from
+        (mean, std) = (tuple(value.flatten().tolist()) for value in (network.normalize.mean, network.normalize.std))
     return ModelInfo(
         config=config,
         classes=prepared.classes,
-        mean=prepared.mean,
-        std=prepared.std,
+        mean=mean,
+        std=std,
         fingerprint=prepared.fingerprint,
         source=prepared.source,
     )

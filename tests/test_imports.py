@@ -17,7 +17,7 @@ MODULES = {
 LAYERS = [
     {"config", "context", "machine", "statistics", "waiting"},
     {"augment", "models", "optim", "metrics", "selection"},
-    {"data", "loop", "model_dir", "probe"},
+    {"data", "loop", "model_dir", "probe", "transfer"},
     {"autoscaler", "cluster", "local_nodes", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},
     {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export"},
     {"train", "report", "serve", "batch"},
@@ -36,6 +36,7 @@ WITHOUT_RAY = [
     "context",
     "checkpoints",
     "training",
+    "transfer",
     "worker",
     "predictor",
     "store",

@@ -60,7 +60,7 @@ class Stepper:
         with meter("optimizer"):
             set_lr(training.optimizer, lr_scale(config.optim, step, total_steps))
             training.optimizer.zero_grad(set_to_none=True)
-        if config.model.dropout:
+        if config.model.draws:
             torch.manual_seed(derive_seed(seed, step, 0, "dropout"))
         micro_batches = config.optim.accumulate
         for some, wanted in zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True):

@@ -3,10 +3,13 @@
 Normalisation is the network's first layer, so that training, batch jobs and the service cannot disagree about it.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from cifar.config import Config
+from cifar.models.blocks import blocks
 from cifar.models.cnn import Cnn
 from cifar.models.notebook import NotebookCnn
 from cifar.models.zoo import ZooNetwork, build_zoo
@@ -37,10 +40,39 @@ class Classifier(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.network = network
+        self._frozen: list[nn.Module] = []
 
     @property
     def head(self) -> nn.Linear:
         return self.network.head
+
+    @property
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules of each, from the images to the head, which is none of them."""
+        return blocks(self.body, self.head)
+
+    @property
+    def body(self) -> nn.Module:
+        """What may hold the head, but nothing that belongs to the head."""
+        return self.network.body if isinstance(self.network, ZooNetwork) else self.network
+
+    def freeze(self, trained: int) -> list[nn.Parameter]:
+        """Let all but so many blocks before the head keep batch norm's statistics; returns the parameters of these."""
+        found = self.blocks
+        count = max(len(found) - trained, 0)
+        self._frozen = [module for block in found[:count] for module in block]
+        self.train(self.training)
+        if not count:
+            return []
+        free = [self.head, *(module for block in found[count:] for module in block)]
+        trains = {id(parameter) for module in free for parameter in module.parameters()}
+        return [parameter for parameter in self.body.parameters() if id(parameter) not in trains]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def init_from(self, images: Tensor) -> None:
         """Set what is computed from a sample of training images, uint8 (B, 3, H, W), before the first step."""

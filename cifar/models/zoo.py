@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.config import Config, ConfigError
+from cifar.config import Config, ConfigError, ModelConfig
 from cifar.models.empty import EmptyParameters
 from cifar.models.wide import wide_resnet
 
@@ -27,14 +27,15 @@ BETWEEN = (nn.BatchNorm2d, nn.ReLU, nn.SiLU, nn.Hardswish)
 class ZooNetwork(nn.Module):
     """Normalised float images (B, 3, S, S) -> logits (B, C): a network up to its features, and a new head."""
 
-    def __init__(self, body: nn.Module, features: int, num_classes: int, dropout: float):
+    def __init__(self, body: nn.Module, features: int, num_classes: int, config: ModelConfig):
         super().__init__()
         self.body = body
-        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(features) if config.head_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.dropout(self.body(images)))
+        return self.head(self.dropout(self.norm(self.body(images))))
 
 
 def zoo_names() -> list[str]:
@@ -52,7 +53,7 @@ def build_zoo(config: Config, num_classes: int) -> ZooNetwork:
 
     name, size, stem = config.model.model, config.data.image_size, config.model.stem
     if wide := wide_resnet(name):
-        return ZooNetwork(wide, wide.features, num_classes, config.model.dropout)
+        return ZooNetwork(wide, wide.features, num_classes, config.model)
     if name not in (known := zoo_names()):
         near = difflib.get_close_matches(name, [*known, "wrn_16_8", "wrn_28_10"], 3) or ["resnet18", "convnext_tiny"]
         raise ConfigError(f"--model {name}: no such network; use {', '.join(near)} or another of torchvision's names")
@@ -75,7 +76,7 @@ def build_zoo(config: Config, num_classes: int) -> ZooNetwork:
         shrink_stem(body, size)
         if isinstance(body, models.VisionTransformer):
             body.image_size, body.patch_size = size, body.conv_proj.kernel_size[0]  # pyright: ignore
-    return ZooNetwork(body, cut_head(body), num_classes, config.model.dropout)
+    return ZooNetwork(body, cut_head(body), num_classes, config.model)
 
 
 def check_zoo(config: Config, num_classes: int, sizes: Iterable[int]) -> str:
