@@ -16,7 +16,8 @@ from sklearn.calibration import calibration_curve
 
 from cifar.config import ConfigError
 from cifar.data.prepared import Part, Prepared
-from cifar.evaluate import confused_pairs, evaluate, reliability_bins, to_dict, wilson_interval
+from cifar.evaluate import evaluate, to_dict
+from cifar.evaluate.evaluation import confused_pairs, reliability_bins, wilson_interval
 from cifar.predictor import Predictor
 from tests.test_predictor import loaded_model
 
