@@ -425,6 +425,16 @@ class Config:
         """Plain nested dict of JSON types."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What a run computes, whatever version wrote it down: by group the settings that are not the defaults, without
+        those that say where and by how many."""
+        own, default = self.to_dict(), Config().to_dict()
+        return {
+            group: {name: value for name, value in values.items() if value != default[group][name]}
+            for group, values in own.items()
+            if group != "run"
+        }
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """Inverse of `to_dict`; an unknown key is a ConfigError.

@@ -34,7 +34,6 @@ class RunDir:
     def open(self, config: Config, prepared: Prepared, changing: bool = False) -> None:
         """Claim the folder for this config and data; ConfigError when it holds another run, unless it is `changing`."""
         wanted = {"config": config.to_dict(), "fingerprint": prepared.fingerprint, "source": prepared.source}
-        # Where a run is kept and on how many workers it goes on may change; what it computes may not.
         del wanted["config"]["run"]
         found = read_object(join(self.path, "config.json"), "give another --name")
         if found is None and exists(join(self.path, SWEEP_CONFIG)):
@@ -42,7 +41,9 @@ class RunDir:
         if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return
-        differing = sorted(_differences(found, wanted))
+        # Where a run is kept and on how many workers it goes on may change; what it computes may not.
+        before = found | {"config": Config.from_dict(found.get("config", {})).identity()}
+        differing = sorted(_differences(before, wanted | {"config": config.identity()}))
         if differing:
             raise ConfigError(
                 f"{self.path}: holds a run with another {', '.join(differing[:5])}; "

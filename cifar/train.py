@@ -209,9 +209,7 @@ def first_cause(error: BaseException) -> str:
 
 def default_name(config: Config, prepared: Prepared) -> str:
     """The same flags on the same data give the same name, so that the same command resumes."""
-    values = config.to_dict()
-    del values["run"]
-    identity = json.dumps([values, prepared.fingerprint], sort_keys=True).encode()
+    identity = json.dumps([config.identity(), prepared.fingerprint], sort_keys=True).encode()
     digest = hashlib.blake2b(identity, digest_size=4).hexdigest()
     data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
     return f"{data}-{config.model.model}-{digest}"

@@ -139,6 +139,15 @@ def test_the_same_command_on_a_finished_run_trains_nothing(here: Config) -> None
     assert_same_weights(first, second)
 
 
+def test_a_run_of_an_older_version_goes_on(here: Config) -> None:
+    """Its config.json does not know the settings that came later."""
+    path = Path(fit(here).path) / "config.json"
+    values = json.loads(path.read_text())
+    del values["config"]["transfer"], values["config"]["model"]["stem"]
+    path.write_text(json.dumps(values))
+    assert fit(here).stopped
+
+
 def test_another_config_under_the_same_name_is_refused(here: Config) -> None:
     fit(named(here, "taken"))
     with pytest.raises(ConfigError, match=r"taken.*epochs.*--name"):

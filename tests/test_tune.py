@@ -435,11 +435,16 @@ def test_a_folder_is_of_one_sweep(tmp_path: Path, config: Config, prepared: Prep
         claim(path, config, TuneConfig(folds=3), {"lr": SPACE["lr"]}, prepared)
     with pytest.raises(ConfigError, match="one: holds a sweep, not a run; give another --name"):
         RunDir(path).open(config, prepared)
+    file = tmp_path / "one/sweep-config.json"
+    older = json.loads(file.read_text())
+    del older["transfer"]
+    file.write_text(json.dumps(older))
+    claim(path, config, TuneConfig(), SPACE, prepared)
     assert not (tmp_path / "one/config.json").exists()
     RunDir(str(tmp_path / "two")).open(config, prepared)
     with pytest.raises(ConfigError, match="two: holds a run, not a sweep; give another --name"):
         claim(str(tmp_path / "two"), config, TuneConfig(), SPACE, prepared)
-    (tmp_path / "one/sweep-config.json").write_text("{")
+    file.write_text("{")
     with pytest.raises(ConfigError, match=r"sweep-config.json: damaged.*delete it"):
         claim(path, config, TuneConfig(), SPACE, prepared)
     (tmp_path / "one/sweep.json").write_text('{"test"')

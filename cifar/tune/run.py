@@ -133,10 +133,12 @@ def claim(path: str, config: Config, tune: TuneConfig, space: Space, prepared: P
         if read_file(join(path, "config.json")) is not None:
             raise ConfigError(f"{path}: holds a run, not a sweep; give another --name")
         try:
-            write_file(file, (json.dumps(wanted, indent=1) + "\n").encode())
+            whole = {name: value for name, value in config.to_dict().items() if name != "run"}
+            write_file(file, (json.dumps(wanted | whole, indent=1) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"--storage {config.run.storage}: cannot be written ({error})") from error
         return
+    found |= Config.from_dict({name: found[name] for name in config.identity() if name in found}).identity()
     differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
     if differing:
         raise ConfigError(
@@ -155,10 +157,8 @@ def default_name(config: Config, tune: TuneConfig, source: str, space: Space, pr
 
 def identify(config: Config, tune: TuneConfig) -> dict[str, Any]:
     """What a trial and its fate depend on."""
-    values = config.to_dict()
-    del values["run"]
     names = ("search", "scheduler", "grace_epochs", "reduction", "folds")
-    return values | {name: getattr(tune, name) for name in names}
+    return config.identity() | {name: getattr(tune, name) for name in names}
 
 
 class Searching:
