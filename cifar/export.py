@@ -2,8 +2,8 @@
 
 Input `images`: uint8 (N,3,S,S), RGB, of any N. Planes first, as runtimes, converters and model collections of exported
 networks have it; an array (H,W,3) becomes one by `transpose(2, 0, 1)`. Output `probabilities`: float32 (N,C), in the
-order of the class names. Normalisation and softmax are inside; decoding and resizing are not. The file's metadata say
-what an image has to become first.
+order of the class names. Normalisation, calibration and softmax are inside; decoding and resizing are not. The
+file's metadata say what an image has to become first.
 
 The network is asked once: test-time augmentation looks again at images that it is unsure of, and which these are no
 fixed graph can know. A program of torch is for the CPU; `torch.export.passes.move_to_device_pass` moves it.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import cifar
 from cifar.config import ConfigError, RunFailed
-from cifar.model_dir import LoadedModel, ModelInfo
+from cifar.model_dir import LoadedModel
 from cifar.models import Classifier
 from cifar.predictor import Predictor
 
@@ -56,7 +56,7 @@ def export(model: LoadedModel, kind: Format, version: str) -> Exported:
     ConfigError when ONNX is not installed or cannot hold the weights; RunFailed when the answers differ by more than
     1e-4. `version` is what the file calls the model.
     """
-    metadata = describe(model.info, version)
+    metadata = describe(model, version)
     data, answer = (to_onnx if kind == "onnx" else to_torch)(model, metadata)
     difference, images = compare(answer, model)
     if not difference <= LIMIT:  # a NaN is no agreement
@@ -64,8 +64,9 @@ def export(model: LoadedModel, kind: Format, version: str) -> Exported:
     return Exported(data=data, metadata=metadata, difference=difference, images=images)
 
 
-def describe(info: ModelInfo, version: str) -> dict[str, Any]:
+def describe(model: LoadedModel, version: str) -> dict[str, Any]:
     """What a user of the file needs to know."""
+    info = model.info
     return {
         "version": version,
         "classes": list(info.classes),
@@ -73,6 +74,7 @@ def describe(info: ModelInfo, version: str) -> dict[str, Any]:
         "resize": info.config.data.resize,
         "channels": "RGB",
         "tta": "none",
+        "threshold": model.calibration.threshold,
         "cifar": cifar.__version__,
     }
 
@@ -129,12 +131,13 @@ def to_torch(model: LoadedModel, metadata: dict[str, Any]) -> tuple[bytes, Answe
 
 
 class _Probabilities(nn.Module):
-    def __init__(self, model: Classifier):
+    def __init__(self, model: Classifier, temperature: float):
         super().__init__()
         self.model = model
+        self.temperature = temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images).softmax(1)
+        return (self.model(images) / self.temperature).softmax(1)
 
 
 def _network(model: LoadedModel) -> tuple[nn.Module, tuple[Tensor]]:
@@ -142,7 +145,8 @@ def _network(model: LoadedModel) -> tuple[nn.Module, tuple[Tensor]]:
     size = model.info.config.data.image_size
     # A copy, because torch saves contiguous weights alone without a warning; that costs no time when they are used.
     network = copy.deepcopy(model.model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    return _Probabilities(network).eval().requires_grad_(False), (torch.zeros(2, 3, size, size, dtype=torch.uint8),)
+    probabilities = _Probabilities(network, model.calibration.temperature).eval().requires_grad_(False)
+    return probabilities, (torch.zeros(2, 3, size, size, dtype=torch.uint8),)
 
 
 def _any_number() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The self-describing model folder: config.json, model.safetensors, metrics.json, README.md.
+"""The self-describing model folder: config.json, model.safetensors, metrics.json, README.md, and calibration.json.
 
 Only JSON and safetensors are read, never a pickle: a folder from a stranger can be wrong, but it runs no code.
 """
@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import cifar
+from cifar.calibration import CALIBRATION, Calibration
 from cifar.config import Config, ConfigError
 from cifar.models import Classifier, build_model
 from cifar.models.empty import EmptyParameters
@@ -47,6 +48,7 @@ class LoadedModel:
     """In evaluation mode, on the CPU."""
     info: ModelInfo
     metrics: dict[str, Any]
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 def save_model(folder: Path, model: Classifier, info: ModelInfo, metrics: dict[str, Any]) -> None:
@@ -97,7 +99,12 @@ def load_model(folder: str | Path) -> LoadedModel:
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{weights}: not the weights that config.json describes: {error}") from error
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return LoadedModel(model=model.eval(), info=info, metrics=_read_json(folder / "metrics.json"))
+    return LoadedModel(
+        model=model.eval(),
+        info=info,
+        metrics=_read_json(folder / "metrics.json"),
+        calibration=_calibration(folder / CALIBRATION),
+    )
 
 
 def _info(description: dict[str, Any]) -> ModelInfo:
@@ -115,6 +122,15 @@ def _info(description: dict[str, Any]) -> ModelInfo:
         fingerprint=data["fingerprint"],
         source=data["source"],
     )
+
+
+def _calibration(path: Path) -> Calibration:
+    if not path.exists():
+        return Calibration()
+    try:
+        return Calibration.from_dict(_read_json(path))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: not a calibration ({error!r}); delete it, or save the model again") from error
 
 
 def _channels(values: Any) -> tuple[float, float, float]:

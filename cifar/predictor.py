@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cifar.calibration import Calibration
 from cifar.config import Config, ConfigError, Precision, TestTimeAugmentation
 from cifar.data.decode import decode, fit_square, pixels_to_decode
 from cifar.loop import autocast
@@ -67,7 +68,8 @@ class Predictor:
     torch knows. `batch_size` bounds the memory; the number of images in a call does not. 0 takes 500, or as many as fit
     into a GiB where images are large or the network is wide; `choose_batch_size` measures. `precision` is as in
     training: by default bfloat16 where the device computes it natively, but float32 where the label hangs on it.
-    Probabilities then differ from float32's by 0.001 in the mean, and by more where another view was asked for.
+    Probabilities then differ from float32's by 0.001 in the mean, and by more where another view was asked for. They
+    are calibrated where the folder has a calibration, or `calibration` gives another.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class Predictor:
         device: str = "auto",
         batch_size: int = 0,
         precision: Precision = "auto",
+        calibration: Calibration | None = None,
     ):
         loaded = model if isinstance(model, LoadedModel) else load_model(model)
         self.info = loaded.info
         self.metrics = loaded.metrics
+        self.calibration = calibration or loaded.calibration
         self.batch_size = batch_size or default_batch_size(loaded.info.config)
         self.device = find_device(device)
         self.precision: Precision = precision
@@ -124,8 +128,10 @@ class Predictor:
         fitted = [fit_square(np.ascontiguousarray(image), size, resize) for image in images]
         return np.stack(fitted) if fitted else np.empty((0, size, size, 3), np.uint8)
 
-    def answers(self, probabilities: NDArray[np.float32], top_k: int = TOP_K, threshold: float = 0.0) -> list[Answer]:
-        """What `predict` gave, (N,C), in words: the `top_k` likeliest classes, and an abstention below `threshold`."""
+    def answers(self, probabilities: NDArray[np.float32], top_k: int = TOP_K, threshold: float = -1.0) -> list[Answer]:
+        """What `predict` gave, (N,C), in words: the `top_k` likeliest classes, and an abstention below `threshold`;
+        of -1 below the model's own."""
+        threshold = self.calibration.threshold_or(threshold)
         places = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k, 1)]
         answers = []
         for row, order in zip(probabilities, places.tolist(), strict=True):
@@ -135,7 +141,7 @@ class Predictor:
         return answers
 
     def logits(self, images: Images) -> NDArray[np.float32]:
-        """Logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""
+        """Calibrated logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""
         return self._forward(images, softmax=False)
 
     def choose_batch_size(self, seconds: float = 2.0) -> int:
@@ -191,7 +197,7 @@ class Predictor:
         answers = np.empty((len(images), len(self.classes)), dtype=np.float32)
         start = 0
         for batch in self._batches(images):
-            logits = self._logits(batch)
+            logits = self._logits(batch) / self.calibration.temperature
             answers[start : start + len(batch)] = (logits.softmax(1) if softmax else logits).cpu().numpy()
             start += len(batch)
         return answers

@@ -8,12 +8,13 @@ import json
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
+from cifar.calibration import CALIBRATION, Calibration
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data.prepared import Prepared, absolute, exists, filesystem, join, read_file, read_object, write_file
 
@@ -77,11 +78,18 @@ class RunDir:
     def copy_model(self, checkpoint: str, files: fs.FileSystem | None = None) -> str:
         """Copy the checkpoint's model to `model/`, config.json last, and return its path."""
         source_files, source = (files, checkpoint) if files is not None else filesystem(checkpoint)
+        self.remove_calibration()
         names = [info.base_name for info in source_files.get_file_info(fs.FileSelector(f"{source}/model"))]
         for name in sorted(names, key=lambda name: name == "config.json"):
             with source_files.open_input_stream(f"{source}/model/{name}") as stream:
                 write_file(join(self.path, f"model/{name}"), stream.read())
         return join(self.path, "model")
+
+    def remove_calibration(self) -> None:
+        """It was that of other weights."""
+        files, path = filesystem(join(self.path, f"model/{CALIBRATION}"))
+        with suppress(FileNotFoundError):
+            files.delete_file(path)
 
     def copy_best_model(self) -> None:
         """Of a run of Ray Train that was ended in its middle: by its own list, which names whole checkpoints only."""
@@ -121,6 +129,11 @@ def local_model(path: str) -> Iterator[Path]:
             with files.open_input_stream(info.path) as stream:
                 (Path(folder) / info.base_name).write_bytes(stream.read())
         yield Path(folder)
+
+
+def write_calibration(model: str, calibration: Calibration) -> None:
+    """Into a run's model folder."""
+    write_file(join(model, CALIBRATION), calibration.to_json())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 from pyarrow import fs
 from safetensors.torch import load, save
 
+from cifar.calibration import CALIBRATION
 from cifar.config import ConfigError
 from cifar.data.prepared import absolute, exists, filesystem, join, read_file, read_object, write_file
 from cifar.data.remote import StorageFailed
@@ -34,6 +35,7 @@ ALIASES = "aliases"
 CHAMPION = "champion"
 MODEL_FILES = ("config.json", "model.safetensors", "metrics.json", "README.md")
 REPORT_FILES = ("report.json", "report.html")
+KNOWN_FILES = {*MODEL_FILES, CALIBRATION, *REPORT_FILES}
 REPORTED = ("accuracy", "count", "loss", "macro_f1", "ece")
 BOX = Path(__file__).parent / "box"
 """The store that comes with the package, with one model: what answers when none is named."""
@@ -223,6 +225,8 @@ class Store:
         metrics = json.loads(contents["metrics.json"])
         report = json.loads(contents.get("report.json", b"{}"))
         numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+        calibration = json.loads(contents.get(CALIBRATION, b"{}"))
+        numbers |= {name: calibration[name] for name in ("temperature", "threshold") if name in calibration}
         numbers |= {f"{report['split']}_{name}": report[name] for name in REPORTED if name in report}
         return {
             "version": str(version),
@@ -255,7 +259,7 @@ class Store:
             found = Version(**values)
             sums = [(entry["sha256"], entry["bytes"]) for entry in found.files.values()]
             whole = (found.name, found.version) == (name, version) and set(MODEL_FILES) <= found.files.keys()
-            known = found.files.keys() <= {*MODEL_FILES, *REPORT_FILES}  # no paths out of the folder
+            known = found.files.keys() <= KNOWN_FILES  # no paths out of the folder
             typed = all(type(sum_) is str and type(size) is int for sum_, size in sums)
             if not (whole and known and typed and type(found.published_at) is str):
                 raise ValueError("its entries do not describe this version")
@@ -358,8 +362,8 @@ def read_model(source: str) -> dict[str, bytes]:
         if data is None:
             raise ConfigError(f"{join(base, file)}: not found; name the folder of a run or of a model")
         contents[file] = data
-    for file in REPORT_FILES:
-        if (data := read_file(join(source, file))) is not None:
+    for folder, file in ((base, CALIBRATION), *((source, file) for file in REPORT_FILES)):
+        if (data := read_file(join(folder, file))) is not None:
             contents[file] = data
     return contents
 

@@ -31,7 +31,8 @@ def predict(flags: BatchConfig) -> dict[str, Any]:
         print(f"start-up {done.startup_seconds:.1f} s, then {done.images_per_second:,.0f} images/s")
     else:
         print("finished before: nothing left to do")
-    unsure = f", {manifest['abstained']:,} of them below --threshold {flags.threshold:g}" if flags.threshold else ""
+    threshold = manifest["job"]["threshold"]
+    unsure = f", {manifest['abstained']:,} of them below the threshold of {threshold:.3g}" if threshold else ""
     print(f"{manifest['predicted']:,} images predicted{unsure}")
     if manifest["quarantined"]:
         print(f"{manifest['quarantined']:,} cannot be read: {join(output, QUARANTINE)}")

@@ -16,13 +16,15 @@ def train(config: Config) -> dict[str, Any]:
     from cifar.train import fit
 
     run = fit(config)
-    from cifar.evaluate import evaluate, to_dict
+    from cifar.evaluate import calibrate, evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import write_report
-    from cifar.run_dir import local_model, writable
+    from cifar.run_dir import local_model, writable, write_calibration
 
     with local_model(run.model) as model, writable(run.path) as folder:
-        evaluation = evaluate(Predictor(model), run.prepared, split="test")
+        predictor = Predictor(model)
+        write_calibration(run.model, calibrate(predictor, run.prepared))
+        evaluation = evaluate(predictor, run.prepared, split="test")
         # The model's folder knows the time up to its epoch, the run knows the whole.
         evaluation = replace(evaluation, train_seconds=run.train_seconds)
         write_report(folder, evaluation, history=run.history, command=command_line())

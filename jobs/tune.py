@@ -61,13 +61,15 @@ def search(flags: Flags) -> dict[str, Any]:
 def evaluate_winner(done: "Sweep") -> dict[str, Any]:
     """Read test once; the report goes into the winner's run."""
     from cifar.data.prepared import join
-    from cifar.evaluate import evaluate, to_dict
+    from cifar.evaluate import calibrate, evaluate, to_dict
     from cifar.predictor import Predictor
     from cifar.report import read_history, write_report
-    from cifar.run_dir import local_model, writable
+    from cifar.run_dir import local_model, writable, write_calibration
 
     with local_model(join(done.winner, "model")) as model, writable(done.winner) as folder:
-        evaluation = evaluate(Predictor(model), done.prepared, split="test")
+        predictor = Predictor(model)
+        write_calibration(join(done.winner, "model"), calibrate(predictor, done.prepared))
+        evaluation = evaluate(predictor, done.prepared, split="test")
         history = read_history(join(done.winner, "metrics.jsonl"))
         evaluation = replace(evaluation, train_seconds=history[-1]["train_seconds"])
         write_report(folder, evaluation, history=history, command=done.summary["winner"]["command"])

@@ -15,7 +15,7 @@ MODULES = {
 }
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"config", "context", "machine", "statistics", "waiting"},
+    {"calibration", "config", "context", "machine", "statistics", "waiting"},
     {"augment", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir", "probe", "transfer"},
     {"autoscaler", "cluster", "local_nodes", "checkpoints", "progress", "run_dir", "training", "predictor", "store"},

@@ -153,7 +153,7 @@ def test_a_page_loads_nothing_from_elsewhere_and_its_ids_are_unique(tmp_path, ev
 
 def test_pictures_have_a_text_for_those_who_cannot_see_them(tmp_path, evaluation):
     found = Page(write_report(tmp_path, evaluation, history=history([1.0, 0.8, 0.7, 0.69])).read_text())
-    assert len(found.all("svg")) == 3
+    assert len(found.all("svg")) == 4
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in found.all("svg"))
     assert all(image["alt"] for image in found.all("img"))
 
@@ -178,7 +178,7 @@ def test_a_hundred_classes_stay_readable_and_small(tmp_path):
     path = write_report(tmp_path, make_evaluation(tmp_path / "prepared", classes, 400))
     found = Page(path.read_text())
     assert path.stat().st_size < 2_000_000
-    assert len(found.all("svg")) == 2  # the heat map and the reliability diagram
+    assert len(found.all("svg")) == 3  # the heat map and the reliability diagram
     assert len(found.all("td")) < 1000  # not 100 x 100 cells
     assert all(name in found.text for name in classes)
 

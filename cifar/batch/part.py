@@ -150,7 +150,7 @@ class PartPredictor:
         data = ENCODERS[self.target.format](table)
         name = f"predictions/part-{decoded.number:05d}.{self.target.format}"
         write_file(join(self.target.output, name), data)
-        scored, mistakes = _score(decoded, logits, self.predictor.classes)
+        scored, mistakes = _score(decoded, logits, self.predictor)
         summary = Summary(
             number=decoded.number,
             name=name,
@@ -169,14 +169,15 @@ class PartPredictor:
         return summary
 
 
-def _score(decoded: Decoded, logits: np.ndarray, classes: tuple[str, ...]) -> tuple[Rows | None, list[Mistake]]:
+def _score(decoded: Decoded, logits: np.ndarray, predictor: Predictor) -> tuple[Rows | None, list[Mistake]]:
     if decoded.labels is None:
         return None, []
     known = decoded.labels >= 0
     labels = decoded.labels[known]
-    rows = score(logits[known], labels)
-    worst = Worst(NUM_MISTAKES, classes)
-    worst.offer(Arrays(decoded.images[known], labels, np.flatnonzero(known)), rows)
+    batch = Arrays(decoded.images[known], labels, np.flatnonzero(known))
+    rows = score(logits[known], batch, predictor.calibration.temperature)
+    worst = Worst(NUM_MISTAKES, predictor.classes)
+    worst.offer(batch, rows)
     found = worst.found()
     named = [replace(one, id=decoded.ids[one.index], index=int(decoded.indices[one.index])) for one in found]
     return rows, named

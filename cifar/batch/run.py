@@ -16,6 +16,7 @@ from cifar.batch.part import Summary, Target
 from cifar.batch.progress import Progress
 from cifar.batch.settings import BatchConfig
 from cifar.batch.source import Listing, Part, inside, list_rows, plan_parts
+from cifar.calibration import CALIBRATION
 from cifar.config import ConfigError
 from cifar.data.decode import BadImage, decode_whole
 from cifar.data.prepared import absolute, join, read_file, write_file
@@ -78,7 +79,8 @@ def predict_all(
     model = load_model(found.folder)
     listing = list_rows(config.input, model.info.classes)
     parts = plan_parts(listing, model.info.config.data, len(model.info.classes))
-    job = describe(config, found, listing, len(parts))
+    threshold = model.calibration.threshold_or(config.threshold)
+    job = describe(config, found, listing, len(parts), threshold)
     output = Output(absolute(config.output))
     with output.claim(job):
         if manifest := output.manifest():
@@ -94,7 +96,7 @@ def predict_all(
             output=output.path,
             format=config.format,
             top_k=config.top_k,
-            threshold=config.threshold,
+            threshold=threshold,
             version=found.version,
         )
         coming = _predict(left, is_small(parts), found.folder, target, config.device, start_ray)
@@ -119,11 +121,13 @@ def predict_all(
     )
 
 
-def describe(config: BatchConfig, found: FoundModel, listing: Listing, parts: int) -> dict[str, Any]:
+def describe(config: BatchConfig, found: FoundModel, listing: Listing, parts: int, threshold: float) -> dict[str, Any]:
     """What makes a job this job: with the same, the files of predictions are the same."""
     content = hashlib.sha256()
     for name in ("config.json", "model.safetensors"):
         content.update((found.folder / name).read_bytes())
+    if (calibration := found.folder / CALIBRATION).exists():
+        content.update(calibration.read_bytes())
     return {
         "model": {"version": found.version, "sha256": content.hexdigest()},
         "input": absolute(config.input),
@@ -132,7 +136,7 @@ def describe(config: BatchConfig, found: FoundModel, listing: Listing, parts: in
         "parts": parts,
         "format": config.format,
         "top_k": config.top_k,
-        "threshold": config.threshold,
+        "threshold": threshold,
     }
 
 

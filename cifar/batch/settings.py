@@ -23,8 +23,8 @@ class BatchConfig:
     """Of the files of predictions."""
     top_k: int = 5
     """How many of the likeliest classes to name for each image."""
-    threshold: float = 0.0
-    """Probability below which an answer is marked as abstained."""
+    threshold: float = -1.0
+    """Probability below which an answer is marked as abstained; -1: what the model's calibration says, 0: none."""
     device: str = "auto"
     """Device, such as cpu or cuda; auto: a GPU where there is one."""
     max_bad: float = 1.0
@@ -37,7 +37,10 @@ class BatchConfig:
         _require(bool(self.input), "--input '': name an image, a folder or a Parquet path")
         _require(bool(self.output), "--output '': name a folder")
         _require(self.top_k >= 1, f"--top-k {self.top_k}: use 1 or more")
-        _require(0 <= self.threshold <= 1, f"--threshold {self.threshold:g}: use a probability from 0 to 1")
+        _require(
+            0 <= self.threshold <= 1 or self.threshold == -1,
+            f"--threshold {self.threshold:g}: use a probability from 0 to 1, or -1 for the model's own",
+        )
         _require(0 <= self.max_bad <= 1, f"--max-bad {self.max_bad:g}: use a share from 0 to 1, such as 0.01 for 1 %")
 
 

@@ -14,14 +14,19 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
+from cifar.calibration import Calibration
 from cifar.config import ConfigError
 from cifar.data.prepared import Arrays, Prepared
 from cifar.model_dir import LoadedModel, ModelInfo
 from cifar.predictor import Predictor
 
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Weights of red, green and blue (ITU-R BT.601)."""
 NUM_BINS = 15
 NUM_MISTAKES = 24
 NUM_PAIRS = 10
+NUM_POINTS = 50
+NUM_SLICES = 5
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,20 @@ class Bin:
     count: int
     confidence: float
     accuracy: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A fifth of the images, by brightness, contrast or confidence."""
+
+    by: str
+    low: float
+    high: float
+    count: int
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+    confidence: float
+    """Mean."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,18 @@ class Evaluation:
     """Of the first min(5, C) predictions."""
     ece: float
     """Expected calibration error over 15 bins of equal width (Guo 2017, arXiv 1706.04599)."""
+    calibration: Calibration
+    """What the answers are calibrated by."""
+    ece_uncalibrated: float
+    """Of the network's own probabilities."""
+    accepted: int
+    """Images whose confidence reaches the calibration's threshold."""
+    accepted_accuracy: float | None
+    """Of these; None if there are none."""
+    accepted_ci95: tuple[float, float] | None
+    slices: list[Slice]
+    coverage: list[tuple[float, float]]
+    """Accuracy of the share of images that the model is surest of: pairs (share, accuracy)."""
     reliability: list[Bin]
     """The bins that hold images."""
     confused_pairs: list[ConfusedPair]
@@ -98,13 +129,19 @@ class Evaluation:
 
 
 class Rows(NamedTuple):
-    """What is kept of each image: 29 bytes, whatever its size."""
+    """What is kept of each image: 41 bytes, whatever its size."""
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
     confidences: NDArray[np.float32]
     losses: NDArray[np.float64]
     in_top5: NDArray[np.bool_]
+    uncalibrated: NDArray[np.float32]
+    """Confidences of the network's own probabilities."""
+    brightness: NDArray[np.float32]
+    """Mean luma, 0..255."""
+    contrast: NDArray[np.float32]
+    """Standard deviation of the luma."""
 
 
 def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> Evaluation:
@@ -150,6 +187,7 @@ def assess(
     zero: Any = 0  # what scikit-learn's hints leave out, as they do what comes back
     scores: Any = precision_recall_fscore_support(rows.labels, rows.predictions, labels=numbers, zero_division=zero)
     reliability = reliability_bins(rows.confidences, correct)
+    accepted = correct[rows.confidences >= model.calibration.threshold]
     return Evaluation(
         data=data,
         split=split,
@@ -166,7 +204,14 @@ def assess(
         },
         confusion_matrix=matrix,
         top5_accuracy=float(rows.in_top5.mean()),
-        ece=sum(b.count * abs(b.accuracy - b.confidence) for b in reliability) / len(correct),
+        ece=calibration_error(reliability),
+        calibration=model.calibration,
+        ece_uncalibrated=calibration_error(reliability_bins(rows.uncalibrated, correct)),
+        accepted=len(accepted),
+        accepted_accuracy=float(accepted.mean()) if len(accepted) else None,
+        accepted_ci95=wilson_interval(int(accepted.sum()), len(accepted)) if len(accepted) else None,
+        slices=quantile_slices(rows, correct),
+        coverage=coverage_curve(rows.confidences, correct),
         reliability=reliability,
         confused_pairs=confused_pairs(matrix, classes),
         mistakes=mistakes,
@@ -205,23 +250,27 @@ def _names(classes: tuple[str, ...], most: int = 10) -> str:
 def _score_all(predictor: Predictor, batches: Iterable[Arrays], worst: "Worst") -> Rows:
     scored: list[Rows] = []
     for batch in batches:
-        rows = score(predictor.logits(batch.images), batch.labels)
+        rows = score(predictor.logits(batch.images), batch, predictor.calibration.temperature)
         worst.offer(batch, rows)
         scored.append(rows)
     return Rows(*map(np.concatenate, zip(*scored, strict=True)))
 
 
-def score(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Rows:
-    """logits (N,C) and labels (N,) to what is kept of each image."""
+def score(logits: NDArray[np.float32], batch: Arrays, temperature: float) -> Rows:
+    """logits (N,C), calibrated by `temperature`, of a batch of N images to what is kept of each image."""
     log_probabilities = torch.from_numpy(logits).double().log_softmax(1)
     top = log_probabilities.topk(min(5, logits.shape[1]), dim=1)
-    targets = torch.tensor(labels).view(-1, 1)
+    targets = torch.tensor(batch.labels).view(-1, 1)
+    luma = batch.images.reshape(len(logits), -1, 3) @ LUMA
     return Rows(
-        labels=labels,
+        labels=batch.labels,
         predictions=top.indices[:, 0].numpy(),
         confidences=top.values[:, 0].exp().float().numpy(),
         losses=-log_probabilities.gather(1, targets)[:, 0].numpy(),
         in_top5=(top.indices == targets).any(1).numpy(),
+        uncalibrated=(torch.from_numpy(logits).double() * temperature).softmax(1).amax(1).float().numpy(),
+        brightness=luma.mean(1),
+        contrast=luma.std(1),
     )
 
 
@@ -287,6 +336,46 @@ def reliability_bins(
     return bins
 
 
+def calibration_error(bins: list[Bin]) -> float:
+    """Mean distance of accuracy and confidence over all images (Guo 2017, equation 3)."""
+    return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / sum(b.count for b in bins)
+
+
+def coverage_curve(
+    confidences: NDArray[np.floating], correct: NDArray[np.bool_], points: int = NUM_POINTS
+) -> list[tuple[float, float]]:
+    """Accuracy of the surest share of the images, at up to `points` shares (Geifman and El-Yaniv 2017)."""
+    right = np.cumsum(correct[np.argsort(-confidences, kind="stable")])
+    counts = np.unique(np.linspace(len(right) / points, len(right), points).round().astype(int).clip(min=1))
+    return [(int(count) / len(right), int(right[count - 1]) / int(count)) for count in counts]
+
+
+def quantile_slices(rows: Rows, correct: NDArray[np.bool_]) -> list[Slice]:
+    """The images in up to five parts of equal size by each property, lowest first; equal ones stay together."""
+    found = []
+    for name, values in (
+        ("brightness", rows.brightness),
+        ("contrast", rows.contrast),
+        ("confidence", rows.confidences),
+    ):
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, NUM_SLICES + 1)[1:-1], method="lower"))
+        places = np.searchsorted(edges, values, side="left")
+        for place in np.unique(places):
+            inside = places == place
+            found.append(
+                Slice(
+                    by=name,
+                    low=float(values[inside].min()),
+                    high=float(values[inside].max()),
+                    count=int(inside.sum()),
+                    accuracy=float(correct[inside].mean()),
+                    accuracy_ci95=wilson_interval(int(correct[inside].sum()), int(inside.sum())),
+                    confidence=float(rows.confidences[inside].mean(dtype=np.float64)),
+                )
+            )
+    return found
+
+
 def confused_pairs(matrix: NDArray[np.int64], classes: tuple[str, ...], most: int = NUM_PAIRS) -> list[ConfusedPair]:
     """The largest counts off the diagonal of a confusion matrix (C,C), largest first."""
     wrong = matrix.copy()
@@ -314,6 +403,13 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "macro_f1": evaluation.macro_f1,
         "top5_accuracy": evaluation.top5_accuracy,
         "ece": evaluation.ece,
+        "ece_uncalibrated": evaluation.ece_uncalibrated,
+        "calibration": asdict(evaluation.calibration),
+        "accepted": evaluation.accepted,
+        "accepted_accuracy": evaluation.accepted_accuracy,
+        "accepted_ci95": evaluation.accepted_ci95 and list(evaluation.accepted_ci95),
+        "slices": [asdict(one) for one in evaluation.slices],
+        "coverage": [list(point) for point in evaluation.coverage],
         "train_seconds": evaluation.train_seconds,
         "images_per_second": evaluation.images_per_second,
         "device": evaluation.device,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar.evaluate import Evaluation, to_dict
+from cifar.evaluate import Evaluation, Slice, to_dict
 from cifar.machine import cpu_model, usable_cpus
 from cifar.report import figures, page
 from cifar.report.history import Row, verdict
@@ -29,6 +29,7 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
     page.write(folder / "figures/confusion.png", _confusion_png(evaluation))
     panel = figures.reliability(evaluation.reliability, evaluation.ece)
     page.write(folder / "figures/reliability.png", figures.png([panel], (5, 4.5)))
+    coverage = figures.coverage(evaluation.coverage, _accepted(evaluation))
     if history:
         panels = [figures.curve(history, key) for key in ("loss", "accuracy")]
         page.write(folder / "curves.png", figures.png(panels, (10, 4)))
@@ -42,6 +43,8 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
         heatmap=None if _annotated(evaluation) else _heatmap(evaluation),
         reliability=figures.svg(panel, (5, 4.5), "Reliability diagram: accuracy over confidence"),
         calibration=calibration_sentence(evaluation),
+        coverage=figures.svg(coverage, (5, 4.5), "Accuracy of the share of images that the model is surest of"),
+        slices=_slices(evaluation),
         mistakes=[(mistake, page.strip([mistake.image])) for mistake in evaluation.mistakes],
         history=history,
         curves=[
@@ -61,6 +64,20 @@ def calibration_sentence(evaluation: Evaluation) -> str:
     if abs(gap) < 0.005:
         return f"On the whole the model is as sure as it is right: {means}."
     return f"The model is {'over' if gap > 0 else 'under'}confident: {means}."
+
+
+def _accepted(evaluation: Evaluation) -> tuple[float, float] | None:
+    """Share and accuracy at the threshold; None where nothing abstains, or everything."""
+    if not evaluation.calibration.threshold or evaluation.accepted_accuracy is None:
+        return None
+    return evaluation.accepted / evaluation.count, evaluation.accepted_accuracy
+
+
+def _slices(evaluation: Evaluation) -> dict[str, list[Slice]]:
+    """By property, where the images differ in it."""
+    names = dict.fromkeys(one.by for one in evaluation.slices)
+    found = {name: [one for one in evaluation.slices if one.by == name] for name in names}
+    return {name: parts for name, parts in found.items() if len(parts) > 1}
 
 
 def _annotated(evaluation: Evaluation) -> bool:

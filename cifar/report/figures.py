@@ -114,6 +114,21 @@ def reliability(bins: Sequence[Bin], ece: float) -> Draw:
     return draw
 
 
+def coverage(points: Sequence[tuple[float, float]], accepted: tuple[float, float] | None) -> Draw:
+    """Accuracy over the share of images that are accepted, surest first; a mark where the threshold accepts."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([share for share, _ in points], [accuracy for _, accuracy in points], color=VAL)
+        if accepted:
+            axes.plot(*accepted, "o", color=TRAIN, label="at the threshold")
+            axes.legend(loc="lower left")
+        axes.set(title="Accuracy of what is accepted", xlabel="share accepted", ylabel="accuracy", xlim=(0, 1))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0, symbol=PERCENT))
+
+    return draw
+
+
 def confusion(evaluation: Evaluation, normalized: bool) -> Draw:
     """Labels down, predictions across; normalised by row. Cells carry numbers where there is room for them."""
     matrix = evaluation.confusion_matrix

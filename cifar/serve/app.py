@@ -57,7 +57,7 @@ class Prediction(BaseModel):
     probability: float | None = None
     top_k: list[Ranked] | None = None
     probabilities: dict[str, float] | None = None
-    abstained: bool | None = Field(default=None, description="The probability is below the service's threshold.")
+    abstained: bool | None = Field(default=None, description="The probability is below the threshold.")
     error: str | None = None
 
 

@@ -25,8 +25,8 @@ class ServeConfig:
     """As in training; `auto` is bfloat16 where that is native, with close answers computed anew in float32."""
     top_k: int = 5
     """Classes that an answer lists."""
-    threshold: float = 0.0
-    """Answers of a lower probability are marked as abstained."""
+    threshold: float = -1.0
+    """Answers of a lower probability are marked as abstained; -1: what the version's calibration says, 0: none."""
     max_batch: int = 128
     """Most images that are computed together."""
     max_queue: int = 1024
@@ -54,7 +54,7 @@ class ServeConfig:
         checks = {
             "replicas": match is not None and int(match[1]) <= int(match[2] or match[1]) <= 10_000,
             "top-k": 1 <= self.top_k <= 1000,
-            "threshold": 0 <= self.threshold <= 1,
+            "threshold": 0 <= self.threshold <= 1 or self.threshold == -1,
             "max-batch": 1 <= self.max_batch <= 10_000,
             "max-queue": 1 <= self.max_queue <= 1_000_000,
             "max-images": 1 <= self.max_images <= self.max_queue,
@@ -68,6 +68,7 @@ class ServeConfig:
         }
         remedies = {
             "replicas": "use a count such as 2, a range such as 1:4, or auto",
+            "threshold": "use a probability from 0 to 1, or -1 for the version's own",
             "max-images": f"use 1 to --max-queue, {self.max_queue}",
             "max-request-mb": "use more than 0, up to 1024",
             "max-megapixels": "use more than 0, up to 1000",
