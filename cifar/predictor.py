@@ -144,6 +144,28 @@ class Predictor:
         """Calibrated logits float32 (N,C), from which a loss is computed without the rounding of probabilities."""
         return self._forward(images, softmax=False)
 
+    @torch.inference_mode()
+    def features(self, images: Images) -> NDArray[np.float32]:
+        """What the head gets, float32 (N,F): alike where the network takes images for alike."""
+        self._check(images)
+        kept: list[Tensor] = []
+        hook = self._model.head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().cpu()))
+        try:
+            for batch in self._batches(images):
+                with autocast(self.precision, self.device):
+                    self._model(batch)
+        finally:
+            hook.remove()
+        return torch.cat(kept).numpy()
+
+    def gradients(self, images: Tensor, classes: Tensor, against: Tensor) -> Tensor:
+        """Of how far the logits of `classes` are above those of `against`, both int64 (B,), by the pixels: float32
+        (B,3,S,S) like the images, which are floats in 0..255. All on the predictor's device, in one batch."""
+        images = images.detach().requires_grad_()
+        logits = self._model(images)
+        margins = logits.gather(1, classes[:, None]) - logits.gather(1, against[:, None])
+        return torch.autograd.grad(margins.sum(), images)[0]
+
     def choose_batch_size(self, seconds: float = 2.0) -> int:
         """Set `batch_size` to what answers fastest here, and return it. Answers stay the same but for rounding.
 

@@ -2,54 +2,106 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cifar.cli import command_line, run_job
+from cifar.config import ConfigError
+
+if TYPE_CHECKING:
+    from cifar.predictor import Predictor
+
+Section = Literal["saliency", "neighbours"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     model: str = ""
     """Folder or URI of a run or a model, or a published NAME, NAME@ALIAS or NAME/VERSION; empty: the one in the box."""
+    models: tuple[str, ...] = ()
+    """Several such models as an ensemble, which answers by the mean of their probabilities."""
     store: str = "./models"
     """Folder or URI of the published models."""
     data: str = ""
     """Data set, as in jobs/train.py; empty: the one that the model was trained on."""
     split: Literal["train", "val", "test"] = "test"
     """Which part of the data."""
+    tta: Literal["model", "none", "mirror", "shift"] = "model"
+    """Test-time augmentation, as in jobs/train.py, in place of the model's own."""
+    without: tuple[Section, ...] = ()
+    """Sections that the report shall not have: saliency, what sways each mistake; neighbours, the training images most
+    like it."""
     output: str = "./report"
     """Folder or URI for report.html, report.json and figures."""
 
+    def __post_init__(self) -> None:
+        if self.model and self.models:
+            raise ConfigError(f"--model {self.model}: name it among --models, or drop these")
+        if len(self.models) == 1:
+            raise ConfigError(f"--models {self.models[0]}: an ensemble has 2 or more; use --model for one")
+
 
 def evaluate_model(flags: Flags) -> dict[str, Any]:
-    """Evaluate a model on labelled images and write a report."""
+    """Evaluate a model, or an ensemble of several, on labelled images and write a report."""
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
     from cifar.data.prepared import absolute, join, parent
-    from cifar.evaluate import evaluate, to_dict
-    from cifar.predictor import Predictor
+    from cifar.evaluate import Ensemble, calibrate, evaluate, explain, to_dict
     from cifar.report import read_history, write_report
     from cifar.run_dir import writable
-    from cifar.store import find_model, model_path
+    from cifar.store import model_path
 
-    with find_model(flags.model, flags.store) as found:
-        predictor = Predictor(found.folder)
+    names = flags.models or (flags.model,)
+    members = load(names, flags)
     path = model_path(flags.model)
     history = read_history(join(parent(path), "metrics.jsonl")) if path else []
-    config = replace(predictor.info.config.data, data=flags.data or predictor.info.source)
+    config = replace(members[0].info.config.data, data=flags.data or members[0].info.source)
     prepared = prepare(config, partial(start_ray, verbose=False))
-    evaluation = evaluate(predictor, prepared, flags.split)
+    predictor, alone = members[0], {}
+    if flags.models:
+        alone = {name: evaluate(one, prepared, flags.split).accuracy for name, one in zip(names, members, strict=True)}
+        predictor = Ensemble(members)
+        if flags.split != "val":
+            calibrate(predictor, prepared)
+    evaluation = replace(evaluate(predictor, prepared, flags.split), members=alone)
+    evaluation = explain(
+        evaluation,
+        predictor,
+        prepared,
+        saliency="saliency" not in flags.without,
+        neighbours="neighbours" not in flags.without,
+    )
     output = absolute(flags.output)
     with writable(output) as folder:
         write_report(folder, evaluation, history=history, command=command_line())
     report = join(output, "report.html")
     low, high = evaluation.accuracy_ci95
+    for name, accuracy in alone.items():
+        print(f"accuracy {accuracy:.4f} of {name} by itself")
+    if alone:
+        print(f"accuracy {sum(alone.values()) / len(alone):.4f} in the mean of the {len(alone)}")
     print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} {flags.split} images")
     print(f"report: {report}")
     return to_dict(evaluation) | {"report": report}
+
+
+def load(names: Sequence[str], flags: Flags) -> "list[Predictor]":
+    from cifar.predictor import Predictor
+    from cifar.store import find_model
+
+    found = []
+    with ExitStack() as stack:
+        for name in names:
+            predictor = Predictor(stack.enter_context(find_model(name, flags.store)).folder)
+            if flags.tta != "model":
+                config = predictor.info.config
+                config = replace(config, model=replace(config.model, tta=flags.tta))
+                predictor.info = replace(predictor.info, config=config)
+            found.append(predictor)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from cifar.batch.source import Part
 from cifar.data.decode import BadImage, decode_row
 from cifar.data.prepared import Arrays, join, write_file
 from cifar.data.read import read_piece
-from cifar.evaluate import NUM_MISTAKES, Mistake, Rows, Worst, score
+from cifar.evaluate import NUM_MISTAKES, Mistake, Rows, Worst, score, without_pixels
 from cifar.predictor import Predictor
 
 STATE = ".parts"
@@ -83,7 +83,7 @@ class Summary:
     def to_bytes(self) -> bytes:
         """As an npz file without any pickle."""
         known = {key: value for key, value in vars(self).items() if key not in ("scored", "mistakes")}
-        known["mistakes"] = [{k: v for k, v in vars(one).items() if k != "image"} for one in self.mistakes]
+        known["mistakes"] = [without_pixels(one) for one in self.mistakes]
         arrays = {} if self.scored is None else self.scored._asdict()
         arrays |= {f"image_{place}": one.image for place, one in enumerate(self.mistakes)}
         sink = io.BytesIO()

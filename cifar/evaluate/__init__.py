@@ -1,6 +1,7 @@
 """A model and labelled images to numbers, and what lies behind them."""
 
 from cifar.evaluate.confidence import calibrate
+from cifar.evaluate.ensemble import Ensemble
 from cifar.evaluate.evaluation import (
     NUM_MISTAKES,
     Bin,
@@ -13,11 +14,14 @@ from cifar.evaluate.evaluation import (
     evaluate,
     score,
     to_dict,
+    without_pixels,
 )
+from cifar.evaluate.mistakes import explain
 
 __all__ = [
     "NUM_MISTAKES",
     "Bin",
+    "Ensemble",
     "Evaluation",
     "Mistake",
     "Rows",
@@ -26,6 +30,8 @@ __all__ = [
     "assess",
     "calibrate",
     "evaluate",
+    "explain",
     "score",
     "to_dict",
+    "without_pixels",
 ]

@@ -66,6 +66,19 @@ class ConfusedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A training image that the network takes for similar."""
+
+    index: int
+    id: str = ""
+    label: str
+    similarity: float
+    """Cosine of the features."""
+    image: NDArray[np.uint8] = field(repr=False)
+    """(S,S,3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mistake:
     index: int
     """Of the row in the prepared set."""
@@ -77,6 +90,10 @@ class Mistake:
     loss: float
     image: NDArray[np.uint8] = field(repr=False)
     """(S,S,3)."""
+    saliency: NDArray[np.float32] | None = field(default=None, repr=False)
+    """(S,S) in 0..1: how much each pixel sways the answer; None: not asked for."""
+    neighbours: list[Neighbour] = field(default_factory=list)
+    """Nearest first; none if not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +143,8 @@ class Evaluation:
     train_seconds: float | None
     """From the model folder's metrics, when they have it."""
     model: ModelInfo = field(repr=False)
+    members: dict[str, float] = field(default_factory=dict)
+    """Of an ensemble, the accuracy of each model by itself on the same images."""
 
 
 class Rows(NamedTuple):
@@ -304,13 +323,18 @@ class Worst:
 
     def mistakes(self, prepared: Prepared, split: str) -> list[Mistake]:
         """Worst first, with their ids."""
-        if not (found := self.found()):
-            return []
-        table = prepared.table(split, columns=["index", "id"])
-        wanted = np.isin(table.column("index").to_numpy(), [mistake.index for mistake in found])
-        table = table.filter(pa.array(wanted))
-        ids = dict(zip(table.column("index").to_pylist(), table.column("id").to_pylist(), strict=True))
+        found = self.found()
+        ids = ids_of(prepared, split, [mistake.index for mistake in found])
         return [replace(mistake, id=ids[mistake.index]) for mistake in found]
+
+
+def ids_of(prepared: Prepared, split: str, indices: list[int]) -> dict[int, str]:
+    """By row number."""
+    if not indices:
+        return {}
+    table = prepared.table(split, columns=["index", "id"])
+    table = table.filter(pa.array(np.isin(table.column("index").to_numpy(), indices)))
+    return dict(zip(table.column("index").to_pylist(), table.column("id").to_pylist(), strict=True))
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -419,6 +443,12 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "confused_pairs": [asdict(pair) for pair in evaluation.confused_pairs],
         "reliability": [asdict(bar) for bar in evaluation.reliability],
         "mistakes": [
-            {key: value for key, value in asdict(mistake).items() if key != "image"} for mistake in evaluation.mistakes
+            without_pixels(mistake) | {"neighbours": [without_pixels(one) for one in mistake.neighbours]}
+            for mistake in evaluation.mistakes
         ],
+        "members": evaluation.members,
     }
+
+
+def without_pixels(described: Mistake | Neighbour) -> dict[str, Any]:
+    return {name: value for name, value in vars(described).items() if name not in ("image", "saliency")}

@@ -5,10 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar.evaluate import Evaluation, Slice, to_dict
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar.evaluate import Evaluation, Mistake, Slice, to_dict
 from cifar.machine import cpu_model, usable_cpus
 from cifar.report import figures, page
 from cifar.report.history import Row, verdict
+
+HEAT = (255, 120, 0)
+"""Colour of the pixels that sway an answer most."""
 
 
 def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequence[Row] = (), command: str = "") -> Path:
@@ -45,7 +51,15 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
         calibration=calibration_sentence(evaluation),
         coverage=figures.svg(coverage, (5, 4.5), "Accuracy of the share of images that the model is surest of"),
         slices=_slices(evaluation),
-        mistakes=[(mistake, page.strip([mistake.image])) for mistake in evaluation.mistakes],
+        mistakes=[
+            {
+                "it": mistake,
+                "strip": page.strip(_pictures(mistake)),
+                "count": len(_pictures(mistake)),
+                "neighbours": page.strip([one.image for one in mistake.neighbours]) if mistake.neighbours else "",
+            }
+            for mistake in evaluation.mistakes
+        ],
         history=history,
         curves=[
             figures.svg(figures.curve(history, key), (5, 3.6), f"Learning curve: {key} of train and val by epoch")
@@ -64,6 +78,16 @@ def calibration_sentence(evaluation: Evaluation) -> str:
     if abs(gap) < 0.005:
         return f"On the whole the model is as sure as it is right: {means}."
     return f"The model is {'over' if gap > 0 else 'under'}confident: {means}."
+
+
+def _pictures(mistake: Mistake) -> list[NDArray[np.uint8]]:
+    """The image, and, where there is a saliency map, once more in grey with the map in orange."""
+    if mistake.saliency is None:
+        return [mistake.image]
+    strength = mistake.saliency[..., None]
+    grey = mistake.image.mean(2, keepdims=True) * 0.5 + 64
+    shown = grey * (1 - strength) + np.array(HEAT, np.float32) * strength
+    return [mistake.image, shown.round().astype(np.uint8)]
 
 
 def _accepted(evaluation: Evaluation) -> tuple[float, float] | None:
