@@ -192,6 +192,25 @@ class TransferConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    teacher: str = ""
+    """Learn also from this model's answers (Hinton 2015): a published NAME, NAME@ALIAS or NAME/VERSION, or the folder
+    or URI of a run or a model; every node must be able to read it."""
+    teacher_store: str = "./models"
+    """Folder or URI of the published models."""
+    teacher_weight: float = 0.9
+    """Share of the loss that comes from the teacher; the rest comes from the labels."""
+    teacher_temperature: float = 2.0
+    """What both networks' logits are divided by before they are compared: more shows more of the unlikely classes."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.teacher_weight <= 1, "teacher-weight", self.teacher_weight, "use a share above 0, up to 1")
+        _require(
+            0.1 <= self.teacher_temperature <= 100, "teacher-temperature", self.teacher_temperature, "use 0.1 to 100"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     optimizer: Optimizer = "muon"
     """Muon takes the filters; what Muon does not fit (biases, norms, head) gets SGD with Nesterov momentum."""
@@ -309,6 +328,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,14 @@ from cifar.metrics import Totals
 from cifar.optim import Averager, lr_scale, native_bf16, set_lr
 from cifar.selection import Selection
 from cifar.transfer import resting
+
+
+class Teaching(Protocol):
+    """A network that training learns from, as `cifar.distill` has it."""
+
+    def logits(self, images: Tensor) -> Tensor: ...
+
+    def blend(self, losses: Tensor, logits: Tensor, taught: Tensor) -> Tensor: ...
 
 
 def train_epoch(
@@ -33,6 +42,7 @@ def train_epoch(
     rank: int,
     totals: Totals,
     selection: Selection | None,
+    teacher: Teaching | None,
     augmented: bool,
     after_step: Callable[[int], bool],
 ) -> None:
@@ -40,8 +50,8 @@ def train_epoch(
 
     `model` is the network or its compiled or distributed wrapper. `batches` are this worker's, `augmented` if they come
     with random changes applied. `first_step`, of the `total_steps` of the run, is that of the epoch's batch 0. The loss
-    of each image goes to `selection`. After each step `after_step(steps done in this epoch)` may end the epoch early by
-    returning True.
+    of each image, which has `teacher`'s share where there is one, goes to `selection`. After each step
+    `after_step(steps done in this epoch)` may end the epoch early by returning True.
     """
     at_rest = resting(unwrapped(model), config.transfer, epoch)  # pyright: ignore[reportArgumentType]
     model.train()
@@ -58,12 +68,13 @@ def train_epoch(
             images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
         if mixing:
             images, targets = mix(images, targets, config.augment, num_classes, seed=seed, epoch=epoch, step=step)
+        taught = targets if teacher is None else teacher.logits(images)
         images = resize(images, size)
         if config.model.draws:
             torch.manual_seed(derive_seed(seed, step, rank, "dropout"))
         optimizer.zero_grad(set_to_none=True)
-        chunks = (column.chunk(micro_batches) for column in (images, targets, batch.indices))
-        for part, (some, wanted, indices) in enumerate(zip(*chunks, strict=True)):
+        chunks = (column.chunk(micro_batches) for column in (images, targets, taught, batch.indices))
+        for part, (some, wanted, answers, indices) in enumerate(zip(*chunks, strict=True)):
             if config.train.compile:
                 torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
             with synchronized_only_if(part == micro_batches - 1, model):
@@ -72,6 +83,8 @@ def train_epoch(
                 losses = F.cross_entropy(
                     logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
                 )
+                if teacher is not None:
+                    losses = teacher.blend(losses, logits, answers)
                 loss = losses.sum()
                 (loss / len(images)).backward()
             totals.add(logits, wanted, loss)

@@ -62,7 +62,7 @@ def fit(config: Config) -> Run:
     prepared = prepare(config.data) if in_process else prepare_while_ray_starts(config)
     config = config.with_batch_size(prepared.counts["train"])
     num_batches(prepared.counts["train"], config.train.batch_size, world_size=1)  # refuses what has no batch
-    say_network(config, prepared)
+    config = settle_network(config, prepared)
     run_dir = RunDir(join(absolute(config.run.storage), config.run.name or default_name(config, prepared)))
     if in_process:
         from cifar.local import fit_in_process
@@ -80,13 +80,30 @@ def fit(config: Config) -> Run:
     )
 
 
-def say_network(config: Config, prepared: Prepared) -> None:
-    """Log another library's network, and the weights to start from; ConfigError if they won't do."""
-    if config.model.from_zoo or config.transfer.starts:
+def settle_network(config: Config, prepared: Prepared) -> Config:
+    """With the teacher's very version. Logs another library's network, the weights to start from and the teacher;
+    ConfigError if they won't do."""
+    if config.distill.teacher:
+        from cifar.distill import settle_teacher
+
+        config = settle_teacher(config)
+    if config.model.from_zoo or config.transfer.starts or config.distill.teacher:
         from cifar.training import check_network  # needs torch, which this process does without otherwise
 
         for line in check_network(config, prepared):
             logger.info("%s", line)
+    return config
+
+
+def probe_teacher(config: Config, nodes: Sequence[str]) -> None:
+    """ConfigError if one of Ray's `nodes` cannot read the teacher."""
+    from cifar.store import model_path
+
+    if teacher := config.distill.teacher:
+        if path := model_path(teacher):
+            probe_source(path, "--teacher", nodes)
+        else:
+            probe_source(config.distill.teacher_store, "--teacher-store", nodes)
 
 
 def prepare_while_ray_starts(config: Config) -> Prepared:
@@ -119,6 +136,7 @@ def fit_on_ray(config: Config, prepared: Prepared, run_dir: RunDir) -> dict[str,
         probe(config.run.storage, "--storage", others)
         if not resident:
             probe_source(prepared.path, "$CIFAR_CACHE", others)
+        probe_teacher(config, others)
     run_dir.open(config, prepared)
     job = Job(
         config=config,

@@ -18,6 +18,7 @@ from cifar.config import Config
 from cifar.context import Context
 from cifar.data.loader import Batch, Loader
 from cifar.data.prepared import Prepared
+from cifar.distill import Teacher, load_teacher
 from cifar.loop import epoch_size, train_epoch
 from cifar.metrics import Totals
 from cifar.model_dir import ModelInfo, save_model
@@ -61,6 +62,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     averager: Averager | None
     selection: Selection | None
+    teacher: Teacher | None
 
     @property
     def evaluated(self) -> Classifier:
@@ -103,6 +105,8 @@ def check_network(config: Config, prepared: Prepared) -> list[str]:
         with EmptyParameters():
             network = build_model(config, len(prepared.classes), prepared.mean, prepared.std)
         lines.append(transfer.describe(network, start))
+    if load_teacher(config, prepared, torch.device("cpu")) is not None:
+        lines.append(f"teacher: {config.distill.teacher}")
     return lines
 
 
@@ -139,7 +143,14 @@ def build_training(config: Config, prepared: Prepared, loader: Loader, context: 
     if config.train.skip_easy and loader.chooses:
         num_images = sum(prepared.counts.values()) + prepared.quarantined  # as many as the source numbers
         selection = Selection(num_images, context.device)
-    return Training(network=network, model=model, optimizer=optimizer, averager=averager, selection=selection)
+    return Training(
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        averager=averager,
+        selection=selection,
+        teacher=load_teacher(config, prepared, context.device),
+    )
 
 
 def compile_ahead(
@@ -173,6 +184,7 @@ def compile_ahead(
             rank=context.rank,
             totals=Totals.zeros(context.device),
             selection=None,
+            teacher=None,
             augmented=augmented,
             after_step=lambda steps_done: False,
         )

@@ -144,6 +144,7 @@ class Worker:
             rank=self.context.rank,
             totals=self.totals,
             selection=training.selection,
+            teacher=training.teacher,
             augmented=augmented,
             after_step=self._after_step,
         )

@@ -89,6 +89,7 @@ def test_the_steps_that_are_timed_are_those_of_training(
         rank=0,
         totals=Totals.zeros(CPU),
         selection=None,
+        teacher=loop.training.teacher,
         augmented=False,
         after_step=lambda done: False,
     )

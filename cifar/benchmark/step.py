@@ -32,7 +32,8 @@ Meter: TypeAlias = Callable[[str], AbstractContextManager[object]]
 class Stepper:
     """The steps of `cifar.loop.train_epoch` one at a time, in `PARTS`; a test holds the weights of both together.
 
-    `forward` includes the loss and the counting of hits, `optimizer` the clipping of gradients and averaged weights.
+    `forward` includes the teacher, the loss and the counting of hits, `optimizer` the clipping of gradients and
+    averaged weights.
     """
 
     def __init__(self, config: Config, training: Training, num_classes: int, num_batches: int, device: torch.device):
@@ -55,6 +56,8 @@ class Stepper:
                 images, targets = mix(
                     images, targets, config.augment, self._num_classes, seed=seed, epoch=epoch, step=step
                 )
+        with meter("forward"):
+            taught = targets if training.teacher is None else training.teacher.logits(images)
         with meter("resize"):
             images = resize(images, size)
         with meter("optimizer"):
@@ -63,7 +66,8 @@ class Stepper:
         if config.model.draws:
             torch.manual_seed(derive_seed(seed, step, 0, "dropout"))
         micro_batches = config.optim.accumulate
-        for some, wanted in zip(images.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+        chunks = (column.chunk(micro_batches) for column in (images, targets, taught))
+        for some, wanted, answers in zip(*chunks, strict=True):
             if config.train.compile:
                 torch.compiler.cudagraph_mark_step_begin()
             with meter("forward"):
@@ -73,6 +77,8 @@ class Stepper:
                     losses = F.cross_entropy(
                         logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
                     )
+                    if training.teacher is not None:
+                        losses = training.teacher.blend(losses, logits, answers)
                     loss = losses.sum()
                     self._totals.add(logits, wanted, loss)
             with meter("backward"):

@@ -21,7 +21,7 @@ from cifar.data.prepared import absolute, join, read_file, read_object, write_fi
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.ray_job import Blocks
 from cifar.run_dir import SWEEP_CONFIG, locked
-from cifar.train import prepare_while_ray_starts, say_network
+from cifar.train import prepare_while_ray_starts, probe_teacher, settle_network
 from cifar.tune.execute import execute, make_scheduler, unchangeable
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
@@ -80,7 +80,7 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     prepared = prepare_while_ray_starts(config)
     minutes, config = config.train.max_minutes, replace(config, train=replace(config.train, max_minutes=0.0))
     config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
-    say_network(config, prepared)
+    config = settle_network(config, prepared)
     there, coming = cluster_nodes()
     data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
     plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming])
@@ -90,6 +90,7 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
         probe(config.run.storage, "--storage", others)
         if not plan.resident:
             probe_source(prepared.path, "$CIFAR_CACHE", others)
+        probe_teacher(config, others)
     claim(path, config, tune, space, prepared)
     logger.info("sweep: %s", path)
     with locked_sweep(path):
