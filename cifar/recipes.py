@@ -53,8 +53,9 @@ convolutions' arithmetic.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from cifar.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, TransferConfig
 
 
 def fast() -> Config:
@@ -152,6 +153,38 @@ def notebook() -> Config:
     )
 
 
+def resnet18() -> Config:
+    """CIFAR's ResNet-18 (He 2016, arXiv 1512.03385, with the 3x3 stem of its section 4.2), SGD, 60 epochs."""
+    return Config(
+        data=DataConfig(val_fraction=0.02),
+        augment=AugmentConfig(flip="random", crop_padding=4, cutout=8),
+        model=ModelConfig(model="resnet18", tta="mirror"),
+        optim=OptimConfig(
+            optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="onecycle", label_smoothing=0.1
+        ),
+        train=TrainConfig(epochs=60, batch_size=128),
+    )
+
+
+def wrn() -> Config:
+    """WideResNet-16-8 (Zagoruyko and Komodakis 2016, arXiv 1605.07146), trained as `resnet18`."""
+    recipe = resnet18()
+    return replace(recipe, model=replace(recipe.model, model="wrn_16_8"))
+
+
+def mobilenet_transfer() -> Config:
+    """The notebooks' transfer learning: MobileNetV2 with ImageNet's weights, of which the last 20 layers, as Keras
+    counts them, train with a new head; at 96 pixels, the smallest that such weights are offered for."""
+    return Config(
+        data=DataConfig(image_size=96),
+        augment=AugmentConfig(flip="random", crop_padding=0, rotate=15, shift=0.1, shear=10, zoom=0.1),
+        model=ModelConfig(model="mobilenet_v2", dropout=0.3, head_norm=True),
+        transfer=TransferConfig(pretrained=True, train_blocks=3),
+        optim=OptimConfig(optimizer="adam", lr=1e-4, schedule="constant"),
+        train=TrainConfig(epochs=20, batch_size=64, patience=5),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "fast": fast,
     "record94": record94,
@@ -159,6 +192,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "record96": record96,
     "record97": record97,
     "notebook": notebook,
+    "resnet18": resnet18,
+    "wrn": wrn,
+    "mobilenet-transfer": mobilenet_transfer,
 }
 
 

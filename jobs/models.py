@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
@@ -79,11 +81,23 @@ class Delete(Common):
     """NAME/VERSION."""
 
 
-Flags = Publish | List | Show | Compare | Promote | RollBack | Delete
+@dataclass(frozen=True, kw_only=True)
+class Soup(Common):
+    """Average the weights of several models of one recipe, as far as val gains by it; the result is one model."""
+
+    models: Positional[tuple[str, ...]]
+    """Two or more: folders or URIs of runs or models, or NAME, NAME@ALIAS or NAME/VERSION."""
+    output: str
+    """Folder for the model, new or empty."""
+    data: str = ""
+    """Data set, as in jobs/train.py; empty: the one that the models were trained on."""
+
+
+Flags = Publish | List | Show | Compare | Promote | RollBack | Delete | Soup
 
 
 def models(flags: Flags) -> dict[str, Any]:
-    """Publish, list, show, compare, promote, roll back and delete models."""
+    """Publish, list, show, compare, promote, roll back, delete and average models."""
     # Not above: --help needs no torch.
     from cifar.store import Store, check_name
 
@@ -142,6 +156,37 @@ def models(flags: Flags) -> dict[str, Any]:
             store.delete(version)
             print(f"deleted: {version}")
             return {"version": str(version)}
+        case Soup():
+            return soup(flags)
+
+
+def soup(flags: Soup) -> dict[str, Any]:
+    from cifar.cluster import start_ray
+    from cifar.data import prepare
+    from cifar.model_dir import load_model
+    from cifar.soup import make_soup
+    from cifar.store import find_model
+
+    if len(flags.models) < 2:
+        raise ConfigError("soup: name two models or more")
+    folder = Path(flags.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {flags.output}: is there already; name a new folder")
+    loaded = []
+    for name in flags.models:
+        with find_model(name, flags.store) as found:
+            loaded.append(load_model(found.folder))
+    info = loaded[0].info
+    prepared = prepare(replace(info.config.data, data=flags.data or info.source), partial(start_ray, verbose=False))
+    made = make_soup(loaded, prepared, folder)
+    for name, accuracy in zip(flags.models, made.accuracies, strict=True):
+        print(f"val accuracy {accuracy:.4f} of {name}")
+    kept = [flags.models[place] for place in made.kept]
+    print(f"val accuracy {made.accuracy:.4f} of the mean of {', '.join(kept)}")
+    if len(kept) == 1:
+        print("no other model's weights average with these; they do where all began at the same --weights")
+    print(f"model: {flags.output}")
+    return {"model": flags.output, "kept": kept, "val_accuracy": made.accuracy, "val_accuracies": made.accuracies}
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ LAYERS = [
         "predictor",
         "store",
     },
-    {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export"},
+    {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export", "soup"},
     {"train", "report", "serve", "batch"},
     {"tune"},
     {"recipes", "cli", "benchmark", "doctor"},  # benchmark trains and asks for answers, as a job does
@@ -57,7 +57,7 @@ WITHOUT_RAY = [
     "export",
 ]
 TRAINING = {"train", "tune", "local", "ray_worker", "training", "worker", "ray_job"}
-ANSWERING = {"predictor", "evaluate", "export", "report", "batch", "serve"}
+ANSWERING = {"predictor", "evaluate", "export", "soup", "report", "batch", "serve"}
 
 
 def imported(path: Path) -> set[str]:
