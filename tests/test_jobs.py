@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,33 @@ def test_train_then_evaluate(here: Config, tmp_path: Path, capsys: pytest.Captur
     assert evaluate.main(["--model", f"{storage}/r", "--output", str(tmp_path / "again"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["confusion_matrix"] == report["confusion_matrix"]
+
+
+def test_evaluate_an_ensemble(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage, output = str(tmp_path / "runs"), str(tmp_path / "report")
+    flags = ["--data", here.data.data, *FLAGS, "--workers", "0", "--storage", storage]
+    for seed in ("1", "2"):
+        assert train.main([*flags, "--seed", seed, "--name", seed]) == 0
+    runs = [f"{storage}/1", f"{storage}/2"]
+    capsys.readouterr()
+    assert evaluate.main(["--models", *runs, "--tta", "none", "--output", output, "--json"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(shown.splitlines()[-1])
+    assert list(found["members"]) == runs
+    assert all(f"of {run} by itself" in shown for run in runs)
+    assert found["calibration"]["split"] == "val"
+    page = (tmp_path / "report/report.html").read_text()
+    assert "SmoothGrad" in page or not found["mistakes"]
+    assert evaluate.main(["--models", *runs, "--without", "saliency", "neighbours", "--output", output]) == 0
+    page = (tmp_path / "report/report.html").read_text()
+    assert "SmoothGrad" not in page
+    assert "The nearest training images" not in page
+    for wrong, message in (
+        (["--model", runs[0], "--models", *runs], "--model .*: name it among --models"),
+        (["--models", runs[0]], "--models .*: an ensemble has 2 or more"),
+    ):
+        assert evaluate.main(wrong) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_prepare_reports(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
