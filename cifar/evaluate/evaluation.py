@@ -168,7 +168,7 @@ def evaluate(predictor: Predictor, prepared: Prepared, split: str = "test") -> E
 
     ConfigError when the model's classes or image size are not the data's, or the split holds no images.
     """
-    _check(predictor, prepared, split)
+    check_data(predictor, prepared, split)
     logger.info("evaluating %s images of %s on %s", f"{prepared.counts[split]:,}", split, predictor.device)
     started_at = time.perf_counter()
     worst = Worst(NUM_MISTAKES, prepared.classes)
@@ -241,7 +241,8 @@ def assess(
     )
 
 
-def _check(predictor: Predictor, prepared: Prepared, split: str) -> None:
+def check_data(predictor: Predictor, prepared: Prepared, split: str) -> None:
+    """ConfigError when the model's classes or image size are not the data's, or the split holds no images."""
     if not prepared.counts.get(split):
         known = ", ".join(name for name, count in prepared.counts.items() if count)
         raise ConfigError(f"--split {split}: {prepared.source} has no images there; it has {known}")
