@@ -1,4 +1,4 @@
-"""Robustness: the numbers against plain predictions of the corrupted sample, and the sample."""
+"""Robustness: the numbers against plain predictions of the corrupted sample, the sample, and the report's section."""
 
 import json
 from dataclasses import replace
@@ -10,10 +10,13 @@ from scipy import stats
 
 from cifar.config import ConfigError
 from cifar.evaluate.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from cifar.evaluate.robustness import draw_sample, robustness
+from cifar.evaluate.robustness import Robustness, draw_sample, robustness
 from cifar.predictor import Predictor
+from cifar.report import page
+from cifar.report.robustness import title, view
 from tests.test_evaluate import SIZE, write_prepared
 from tests.test_predictor import loaded_model
+from tests.test_report import NASTY, Page, pictures
 
 
 @pytest.fixture
@@ -122,3 +125,59 @@ def test_what_does_not_fit_is_refused(prepared, predictor):
         robustness(predictor, replace(prepared, image_size=32), "test")
     with pytest.raises(ConfigError, match="--split nonsense"):
         robustness(predictor, prepared, "nonsense")
+
+
+# The section of a report
+
+
+def render(found: Robustness) -> str:
+    """A page of this section alone, included as any report's template may."""
+    source = (
+        '{% extends "base.html" %}{% import "robustness.html" as section %}'
+        "{% block main %}{{ section.section(robustness) }}{% endblock %}"
+    )
+    return page._environment().from_string(source).render(version="0", made_at="now", robustness=view(found))
+
+
+def test_the_section_says_every_number_in_a_table_of_four_groups(prepared, predictor):
+    found = robustness(predictor, prepared, "test", sample=60)
+    read = Page(render(found))
+    for result in found.corruptions:
+        row = [*(cell.accuracy for cell in result.cells), result.mean_accuracy]
+        assert "".join([title(result.name), *map(page.percent, row)]) in "".join(read.text.split("\n"))
+    assert f"{title(found.worst.name)} hurts most: {page.percent(found.worst.mean_accuracy)}" in read.text
+    for said in (found.clean_accuracy, found.mean_accuracy, found.standard_error):
+        assert said is not None
+        assert page.percent(said) in read.text
+    assert [th.get("scope") for th in read.all("th")].count("rowgroup") == 4
+    strengths = [float((cell["style"] or "").partition(":")[2]) for cell in read.all("td") if cell.get("style")]
+    assert len(strengths) == 16 * 6
+    assert all(0 <= strength <= 1 for strength in strengths)
+
+
+def test_the_strips_hold_the_image_as_it_is_and_its_damaged_ones(prepared, predictor):
+    found = robustness(predictor, prepared, "test", sample=20)
+    images = Page(render(found)).all("img")
+    assert len(images) == 15
+    for image, result in zip(images, found.corruptions, strict=True):
+        assert title(result.name) in (image["alt"] or "")
+        expected = [found.original.image, *(example.image for example in result.examples)]
+        np.testing.assert_array_equal(pictures(image["src"] or "", SIZE), expected)
+
+
+def test_class_names_are_text_never_markup(tmp_path):
+    prepared = write_prepared(tmp_path / "prepared", NASTY)
+    html = render(robustness(Predictor(loaded_model(SIZE, NASTY), device="cpu"), prepared, "val"))
+    read = Page(html)
+    assert read.all("script") == []
+    assert all(image.keys() <= {"class", "src", "alt", "style"} for image in read.all("img"))
+    assert "49" not in read.text.split("Examples")[1]  # of {{ 7 * 7 }}
+
+
+def test_a_model_that_knows_nothing_or_loses_nothing_has_a_section(prepared, predictor):
+    found = robustness(predictor, prepared, "test", sample=1)
+    perfect = [replace(one, mean_accuracy=1.0) for one in found.corruptions]
+    for clean in (0.0, 1.0):
+        text = Page(render(replace(found, clean_accuracy=clean, corruptions=tuple(perfect)))).text
+        assert "No corruption lowers the accuracy" in text
+        assert "standard error" not in text.partition("Point at")[0]
