@@ -39,7 +39,7 @@ check: .venv/installed
 # Newest versions that pyproject.toml admits, with hashes and without the name of any index.
 lock: .venv/installed
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-annotate --no-header --extra export --group dev pyproject.toml -o requirements.lock
+		--no-annotate --no-header --extra export --extra timm --group dev pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

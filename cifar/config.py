@@ -113,7 +113,8 @@ class AugmentConfig:
 class ModelConfig:
     model: str = "cnn"
     """`cnn`: small and fast, patch-whitening first layer. `notebook`: conv-conv-pool-dropout blocks, dense head. Or a
-    classification network of torchvision, such as resnet18, mobilenet_v2, convnext_tiny, vit_b_16."""
+    classification network of torchvision, such as resnet18, mobilenet_v2, convnext_tiny, vit_b_16. Or one of timm, an
+    extra, as timm/NAME."""
     stem: Literal["auto", "small", "original"] = "auto"
     """First layers of torchvision's networks: their own, or one 3x3 convolution without pooling (smaller patches, where
     they cut patches), as images of up to 64 pixels get with `auto`."""
@@ -131,10 +132,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(
-            re.fullmatch(r"\w{1,60}", self.model) is not None,
+            re.fullmatch(r"\w{1,60}|timm/[\w.]{1,100}", self.model) is not None,
             "model",
             repr(self.model),
-            "use cnn, notebook, or a name of torchvision's, such as resnet18",
+            "use cnn, notebook, or a name of torchvision's, such as resnet18, or of timm's, such as timm/resnet18",
         )
         _require(
             1 <= len(self.widths) <= 8 and all(1 <= width <= 8192 for width in self.widths),

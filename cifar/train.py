@@ -230,4 +230,4 @@ def default_name(config: Config, prepared: Prepared) -> str:
     identity = json.dumps([config.identity(), prepared.fingerprint], sort_keys=True).encode()
     digest = hashlib.blake2b(identity, digest_size=4).hexdigest()
     data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
-    return f"{data}-{config.model.model}-{digest}"
+    return f"{data}-{config.model.model.replace('/', '-')}-{digest}"

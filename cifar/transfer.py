@@ -1,7 +1,7 @@
 """Transfer learning: weights to start from, and which blocks train at which rate."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from cifar.config import Config, ConfigError, TransferConfig
 from cifar.data.prepared import exists, join, read_file
 from cifar.models import Classifier
+from cifar.models.timm_zoo import PREFIX, load_timm
 
 PREFIXES = ("", "network.", "network.body.")
 """Of a weight's name here, against that in a file: ours, our network by itself, or one of torchvision's."""
@@ -40,6 +41,9 @@ def find_start(config: Config) -> Start | None:
 
 
 def _of_imagenet(name: str) -> Start:
+    if name.startswith(PREFIX):
+        tensors, mean, std = load_timm(name)
+        return Start(source=f"timm's {name}", tensors=tensors, mean=_bytes(mean), std=_bytes(std))
     from torchvision import models
 
     try:
@@ -54,8 +58,14 @@ def _of_imagenet(name: str) -> Start:
             f"--pretrained: {weights.url} cannot be fetched ({error}); put the file at {file}, or name one by --weights"
         ) from None
     transforms = weights.transforms()
-    mean, std = (tuple(255 * value for value in values) for values in (transforms.mean, transforms.std))
+    mean, std = _bytes(transforms.mean), _bytes(transforms.std)
     return Start(source=f"torchvision's {weights}", tensors=tensors, mean=mean, std=std)
+
+
+def _bytes(values: Sequence[float]) -> tuple[float, float, float]:
+    """Of three channels, from 0..1 to 0..255."""
+    red, green, blue = (255 * value for value in values)
+    return red, green, blue
 
 
 def _of_file(path: str) -> Start:

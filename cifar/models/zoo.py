@@ -1,4 +1,4 @@
-"""torchvision's classification networks by their names, fitted to the data: head, input size, first layers.
+"""torchvision's and timm's classification networks by their names, fitted to the data: head, input size, first layers.
 
 The first layers of networks for photographs leave a quarter of the side or less, and of an image of 32 pixels nothing
 for the layers behind. The small stem is that of CIFAR's ResNets (He 2016, arXiv 1512.03385, section 4.2): one 3x3
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from cifar.config import Config, ConfigError, ModelConfig
 from cifar.models.empty import EmptyParameters
+from cifar.models.timm_zoo import PREFIX, build_timm
 from cifar.models.wide import wide_resnet
 
 SMALL_IMAGE = 64
 """Up to this side `--stem auto` takes the small stem: of 64 pixels ResNet's own leaves 2x2 for its last stage."""
-BETWEEN = (nn.BatchNorm2d, nn.ReLU, nn.SiLU, nn.Hardswish)
+BETWEEN = (nn.BatchNorm2d, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity)
 """What may stand between the first convolution and the pooling that goes with it."""
 
 
@@ -54,10 +55,12 @@ def build_zoo(config: Config, num_classes: int) -> ZooNetwork:
     name, size, stem = config.model.model, config.data.image_size, config.model.stem
     if wide := wide_resnet(name):
         return ZooNetwork(wide, wide.features, num_classes, config.model)
+    small = size <= SMALL_IMAGE if stem == "auto" else stem == "small"
+    if name.startswith(PREFIX):
+        return ZooNetwork(*timm_body(name, size, small), num_classes, config.model)
     if name not in (known := zoo_names()):
         near = difflib.get_close_matches(name, [*known, "wrn_16_8", "wrn_28_10"], 3) or ["resnet18", "convnext_tiny"]
         raise ConfigError(f"--model {name}: no such network; use {', '.join(near)} or another of torchvision's names")
-    small = size <= SMALL_IMAGE if stem == "auto" else stem == "small"
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}  # their own takes minutes
@@ -77,6 +80,16 @@ def build_zoo(config: Config, num_classes: int) -> ZooNetwork:
         if isinstance(body, models.VisionTransformer):
             body.image_size, body.patch_size = size, body.conv_proj.kernel_size[0]  # pyright: ignore
     return ZooNetwork(body, cut_head(body), num_classes, config.model)
+
+
+def timm_body(name: str, size: int, small: bool) -> tuple[nn.Module, int]:
+    body, features = build_timm(name, size, None)
+    if small:
+        (side, _), (stride, _) = (getattr(first_convolution(body)[1], name) for name in ("kernel_size", "stride"))
+        if side == stride:
+            return build_timm(name, size, smaller_patch(side, size))
+        shrink_stem(body, size)
+    return body, features
 
 
 def check_zoo(config: Config, num_classes: int, sizes: Iterable[int]) -> str:
