@@ -13,7 +13,8 @@ from cifar.config import ConfigError
 if TYPE_CHECKING:
     from cifar.predictor import Predictor
 
-Section = Literal["saliency", "neighbours"]
+Section = Literal["robustness", "saliency", "neighbours"]
+ROBUSTNESS_IMAGES = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Flags:
     tta: Literal["model", "none", "mirror", "shift"] = "model"
     """Test-time augmentation, as in jobs/train.py, in place of the model's own."""
     without: tuple[Section, ...] = ()
-    """Sections that the report shall not have: saliency, what sways each mistake; neighbours, the training images most
-    like it."""
+    """Sections that the report shall not have: robustness, what 15 kinds of damage to 500 images cost; saliency, what
+    sways each mistake; neighbours, the training images most like it."""
     output: str = "./report"
     """Folder or URI for report.html, report.json and figures."""
 
@@ -50,6 +51,7 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     from cifar.data import prepare
     from cifar.data.prepared import absolute, join, parent
     from cifar.evaluate import Ensemble, calibrate, evaluate, explain, to_dict
+    from cifar.evaluate.robustness import robustness
     from cifar.report import read_history, write_report
     from cifar.run_dir import writable
     from cifar.store import model_path
@@ -74,9 +76,12 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
         saliency="saliency" not in flags.without,
         neighbours="neighbours" not in flags.without,
     )
+    robust = None
+    if "robustness" not in flags.without:
+        robust = robustness(predictor, prepared, flags.split, sample=ROBUSTNESS_IMAGES)
     output = absolute(flags.output)
     with writable(output) as folder:
-        write_report(folder, evaluation, history=history, command=command_line())
+        write_report(folder, evaluation, history=history, command=command_line(), robustness=robust)
     report = join(output, "report.html")
     low, high = evaluation.accuracy_ci95
     for name, accuracy in alone.items():
@@ -85,7 +90,8 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
         print(f"accuracy {sum(alone.values()) / len(alone):.4f} in the mean of the {len(alone)}")
     print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} {flags.split} images")
     print(f"report: {report}")
-    return to_dict(evaluation) | {"report": report}
+    deeper = {"robustness": robust.to_dict()} if robust else {}
+    return to_dict(evaluation) | deeper | {"report": report}
 
 
 def load(names: Sequence[str], flags: Flags) -> "list[Predictor]":

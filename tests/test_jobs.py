@@ -71,9 +71,14 @@ def test_evaluate_an_ensemble(here: Config, tmp_path: Path, capsys: pytest.Captu
     assert found["calibration"]["split"] == "val"
     page = (tmp_path / "report/report.html").read_text()
     assert "SmoothGrad" in page or not found["mistakes"]
-    assert evaluate.main(["--models", *runs, "--without", "saliency", "neighbours", "--output", output]) == 0
+    assert len(found["robustness"]["corruptions"]) == 15
+    assert "Frost" in page
+    assert (
+        evaluate.main(["--models", *runs, "--without", "robustness", "saliency", "neighbours", "--output", output]) == 0
+    )
     page = (tmp_path / "report/report.html").read_text()
     assert "SmoothGrad" not in page
+    assert "Frost" not in page
     assert "The nearest training images" not in page
     for wrong, message in (
         (["--model", runs[0], "--models", *runs], "--model .*: name it among --models"),

@@ -9,15 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar.evaluate import Evaluation, Mistake, Slice, to_dict
+from cifar.evaluate.robustness import Robustness
 from cifar.machine import cpu_model, usable_cpus
 from cifar.report import figures, page
 from cifar.report.history import Row, verdict
+from cifar.report.robustness import view
 
 HEAT = (255, 120, 0)
 """Colour of the pixels that sway an answer most."""
 
 
-def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequence[Row] = (), command: str = "") -> Path:
+def write_report(
+    folder: str | Path,
+    evaluation: Evaluation,
+    *,
+    history: Sequence[Row] = (),
+    command: str = "",
+    robustness: Robustness | None = None,
+) -> Path:
     """Write the report into `folder` and return the path of report.html.
 
     Beside it: report.json, figures/confusion.png, figures/reliability.png and, with a `history` (the rows of
@@ -39,6 +48,8 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
     if history:
         panels = [figures.curve(history, key) for key in ("loss", "accuracy")]
         page.write(folder / "curves.png", figures.png(panels, (10, 4)))
+    if robustness:
+        facts["robustness"] = robustness.to_dict()
     page.write_json(folder / "report.json", to_dict(evaluation) | facts)
     html = page.render(
         "evaluation.html",
@@ -51,6 +62,7 @@ def write_report(folder: str | Path, evaluation: Evaluation, *, history: Sequenc
         calibration=calibration_sentence(evaluation),
         coverage=figures.svg(coverage, (5, 4.5), "Accuracy of the share of images that the model is surest of"),
         slices=_slices(evaluation),
+        robust=view(robustness) if robustness else None,
         mistakes=[
             {
                 "it": mistake,
