@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cifar.calibration import Calibration
 from cifar.config import Config, ConfigError, DataConfig, ModelConfig, RunFailed
 from cifar.export import export
 from cifar.model_dir import LoadedModel, ModelInfo, save_model
 from cifar.models import build_model
 from cifar.predictor import Predictor
+from cifar.run_dir import write_calibration
 from cifar.store import Store
 from jobs import export as job
 
@@ -58,11 +60,13 @@ def loaded_model(architecture: Literal["cnn", "notebook"] = "cnn", tta: Literal[
     with torch.no_grad():
         model.head.weight.mul_(30)
     info = ModelInfo(config=config, classes=CLASSES, mean=MEAN, std=STD, fingerprint="f", source="digits")
-    return LoadedModel(model=model.eval(), info=info, metrics={})
+    calibration = Calibration(temperature=1.7, threshold=0.9)
+    return LoadedModel(model=model.eval(), info=info, metrics={}, calibration=calibration)
 
 
 def save(loaded: LoadedModel, folder: Path) -> Path:
     save_model(folder / "model", loaded.model, loaded.info, loaded.metrics)  # pyright: ignore[reportArgumentType]
+    write_calibration(str(folder / "model"), loaded.calibration)
     return folder
 
 
@@ -103,10 +107,10 @@ def test_the_file_answers_as_the_predictor_where_there_is_no_cifar(
     if kind == "onnx":
         said, signature = said
         assert signature == ["images", "tensor(uint8)", ["N", 3, 16, 16], "probabilities", "tensor(float)", ["N", 3]]
-        said |= {key: json.loads(said[key]) for key in ("classes", "image_size")}
+        said |= {key: json.loads(said[key]) for key in ("classes", "image_size", "threshold")}
     assert said == exported.metadata
     assert (said["classes"], said["image_size"], said["resize"]) == (list(CLASSES), 16, "pad")
-    assert (said["version"], said["tta"]) == ("digits/1", "none")
+    assert (said["version"], said["tta"], said["threshold"]) == ("digits/1", "none", 0.9)
 
 
 def test_it_tells_nothing_of_the_machine_that_it_was_made_on(tmp_path: Path) -> None:
