@@ -9,6 +9,7 @@ step. Gradients are taken to be those of the mean loss over the batch.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ def build_optimizer(
     Biases and norm parameters (those of fewer than two dimensions) have no weight decay. Muon takes the filters and
     hidden matrices; biases, norms and `model.head` go to SGD with Nesterov momentum. `batch_size` counts the images
     of one optimizer step over all workers. `rates` has, by their ids, the parameters whose rate is only a share of
-    `config.lr`; Muon knows none.
+    the peak; Muon knows none.
     """
+    config = replace(config, lr=peak_lr(config))
     lr, momentum, decay = config.lr, config.momentum, config.weight_decay
     rates = rates or {}
     groups: list[dict[str, Any]] = []
@@ -63,6 +65,11 @@ def build_optimizer(
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
+
+
+def peak_lr(config: OptimConfig) -> float:
+    """Of the main parameter group: the config's, or what suits the optimizer where that is 0."""
+    return config.lr or DEFAULT_LR[config.optimizer]
 
 
 class Muon(Optimizer):

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from cifar.config import OptimConfig, Optimizer, Schedule
 from cifar.optim import (
+    DEFAULT_LR,
     PULL_STEPS,
     SGD_MOMENTUM,
     Averager,
@@ -146,6 +147,16 @@ def test_optimizers_are_torchs_with_the_configs_settings(name, reference):
     train(other, reference([p for p in other.parameters() if p.requires_grad]), range(5))
     for found, expected in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_a_rate_the_optimizer_takes_its_own(name):
+    model, other = net(), net()
+    train(model, build_optimizer(model, OptimConfig(optimizer=name), 10), range(2))
+    train(other, build_optimizer(other, OptimConfig(optimizer=name, lr=DEFAULT_LR[name]), 10), range(2))
+    assert not torch.equal(model.conv.weight, net().conv.weight)
+    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_sgd_without_momentum_is_possible():
