@@ -21,7 +21,7 @@ from cifar.data.prepared import Prepared, absolute, exists, filesystem, join, re
 SCALARS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "images_per_second")
 
 SWEEP_CONFIG = "sweep-config.json"
-"""What a sweep's folder holds in place of config.json."""
+"""What the folder of a sweep or of a comparison holds in place of config.json."""
 OWNER = ".owner"
 """Names the attempt that may add checkpoints."""
 
@@ -38,7 +38,7 @@ class RunDir:
         del wanted["config"]["run"]
         found = read_object(join(self.path, "config.json"), "give another --name")
         if found is None and exists(join(self.path, SWEEP_CONFIG)):
-            raise ConfigError(f"{self.path}: holds a sweep, not a run; give another --name")
+            raise ConfigError(f"{self.path}: holds several runs, not one; give another --name")
         if found is None or changing:
             write_file(join(self.path, "config.json"), (json.dumps(wanted, indent=2) + "\n").encode())
             return

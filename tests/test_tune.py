@@ -21,12 +21,13 @@ from optuna.storages.journal import JournalFileBackend
 from ray.tune.schedulers import FIFOScheduler
 from rich.console import Console
 
-from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig, TransferConfig
 from cifar.data import Prepared
 from cifar.recipes import RECIPES, fast, notebook
 from cifar.run_dir import RunDir
 from cifar.tune import Choice, Float, Int
 from cifar.tune.execute import Recorder, clipped, environment, make_scheduler, rungs, setting_of, unchangeable
+from cifar.tune.folder import claim_folder
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
@@ -149,7 +150,7 @@ def test_the_command_of_a_trial_makes_its_config(monkeypatch: pytest.MonkeyPatch
 
     config = replace(fast(), model=replace(fast().model, tta="none"))
     config = apply(config, SPACE, {"lr": 0.1, "epochs": 5, "widths": "8 16 32", "flip": "random"})
-    config = replace(config, train=replace(config.train, compile=True))
+    config = replace(config, train=replace(config.train, compile=True), transfer=TransferConfig(train_blocks=2))
     seen: list[Config] = []
 
     def remember(config: Config) -> dict[str, Any]:
@@ -433,13 +434,15 @@ def test_a_folder_is_of_one_sweep(tmp_path: Path, config: Config, prepared: Prep
     claim(path, config, TuneConfig(trials=99), SPACE, prepared)
     with pytest.raises(ConfigError, match="one: holds a sweep with another folds, space; give the same flags"):
         claim(path, config, TuneConfig(folds=3), {"lr": SPACE["lr"]}, prepared)
-    with pytest.raises(ConfigError, match="one: holds a sweep, not a run; give another --name"):
+    with pytest.raises(ConfigError, match="one: holds several runs, not one; give another --name"):
         RunDir(path).open(config, prepared)
     file = tmp_path / "one/sweep-config.json"
     older = json.loads(file.read_text())
     del older["transfer"]
     file.write_text(json.dumps(older))
     claim(path, config, TuneConfig(), SPACE, prepared)
+    with pytest.raises(ConfigError, match="one: holds a sweep, not a comparison; give another --name"):
+        claim_folder(path, "comparison", {})
     assert not (tmp_path / "one/config.json").exists()
     RunDir(str(tmp_path / "two")).open(config, prepared)
     with pytest.raises(ConfigError, match="two: holds a run, not a sweep; give another --name"):

@@ -1,9 +1,7 @@
 """A sweep from its flags to its winner: search, then the best trained anew with other seeds; the same call resumes."""
 
-import hashlib
 import json
 import logging
-import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -17,12 +15,13 @@ import numpy as np
 from cifar.autoscaler import cluster_nodes
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
-from cifar.data.prepared import absolute, join, read_file, read_object, write_file
+from cifar.data.prepared import absolute, join, read_object, write_file
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.ray_job import Blocks
-from cifar.run_dir import SWEEP_CONFIG, locked
+from cifar.run_dir import locked
 from cifar.train import prepare_while_ray_starts, probe_teacher, settle_network
 from cifar.tune.execute import execute, make_scheduler, unchangeable
+from cifar.tune.folder import claim_folder, name_folder
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
 from cifar.tune.plan import make_sweep_plan
@@ -127,33 +126,14 @@ def locked_sweep(path: str) -> Iterator[None]:
 
 def claim(path: str, config: Config, tune: TuneConfig, space: Space, prepared: Prepared) -> None:
     """The folder is this sweep's; ConfigError if it is another one's, or a run's."""
-    wanted = identify(config, tune) | {"space": describe(space), "fingerprint": prepared.fingerprint}
-    file = join(path, SWEEP_CONFIG)
-    found = read_object(file, "delete it if the flags are those of before, or give another --name")
-    if found is None:
-        if read_file(join(path, "config.json")) is not None:
-            raise ConfigError(f"{path}: holds a run, not a sweep; give another --name")
-        try:
-            whole = {name: value for name, value in config.to_dict().items() if name != "run"}
-            write_file(file, (json.dumps(wanted | whole, indent=1) + "\n").encode())
-        except OSError as error:
-            raise ConfigError(f"--storage {config.run.storage}: cannot be written ({error})") from error
-        return
-    found |= Config.from_dict({name: found[name] for name in config.identity() if name in found}).identity()
-    differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
-    if differing:
-        raise ConfigError(
-            f"{path}: holds a sweep with another {', '.join(differing)}; "
-            "give the same flags to resume it, or another --name"
-        )
+    whole = {name: value for name, value in config.to_dict().items() if name != "run"}
+    what = identify(config, tune) | whole | {"space": describe(space), "fingerprint": prepared.fingerprint}
+    claim_folder(path, "sweep", what)
 
 
 def default_name(config: Config, tune: TuneConfig, source: str, space: Space, prepared: Prepared) -> str:
     """The same flags give the same name, so that the same command resumes; more trials or minutes go on with it."""
-    identity = [identify(config, tune), source, sorted(space), prepared.fingerprint]
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
-    data = re.sub(r"[^\w.\-]+", "-", prepared.source.rstrip("/").rsplit("/", 1)[-1]) or "data"
-    return f"{data}-sweep-{digest}"
+    return name_folder(prepared, "sweep", [identify(config, tune), source, sorted(space), prepared.fingerprint])
 
 
 def identify(config: Config, tune: TuneConfig) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def without_fixed(space: Space, given: Collection[str]) -> tuple[Space, list[str
 def flags_of(config: Config, recipe: Config) -> list[str]:
     """The flags of jobs/train.py that make the recipe this config; of `run`, none."""
     flags: list[str] = []
-    for group in ("data", *GROUPS):
+    for group in ("data", "transfer", *GROUPS):
         ours, theirs = getattr(config, group), getattr(recipe, group)
         for field in dataclasses.fields(ours):
             value = getattr(ours, field.name)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ class SweepJob:
     changing: tuple[str, ...] = ()
     """Under population based training the trials' keys, in order: there Tune copies one trial's setting to another."""
 
+    def run(self, key: str, setting: Mapping[str, Any]) -> str:
+        """Train the trial of this key and setting, which is that of `run_trial`; why it ended."""
+        return self.fit(key, apply(self.config, self.space, setting["values"]), setting)
+
+    def fit(self, key: str, config: Config, setting: Mapping[str, Any]) -> str:
+        """Train `config` with the setting's seed in the folder of the key; why it ended."""
+        if setting["seed"] is not None:
+            config = replace(config, train=replace(config.train, seed=setting["seed"]))
+        trial = TrialRun(self, key, config, setting["values"])
+        if self.folds:
+            return trial.fit_folds()
+        return trial.fit_on_workers() if self.plan.workers else trial.fit()
+
 
 def run_trial(config: dict[str, Any], job: SweepJob) -> None:
     """Ray Tune's entry. `config["trial"]` has the `key` of the trial's folder, its `values`, its `seed` (None: the
@@ -70,16 +84,7 @@ def run_trial(config: dict[str, Any], job: SweepJob) -> None:
         key = job.changing[int(tune.get_context().get_trial_id().rpartition("_")[2])]
     try:
         require_seen(parent(job.path), SWEEP_CONFIG, "--storage")
-        settings = apply(job.config, job.space, setting["values"])
-        if setting["seed"] is not None:
-            settings = replace(settings, train=replace(settings.train, seed=setting["seed"]))
-        trial = TrialRun(job, key, settings, setting["values"])
-        if job.folds:
-            outcome = trial.fit_folds()
-        elif job.plan.workers:
-            outcome = trial.fit_on_workers()
-        else:
-            outcome = trial.fit()
+        outcome = job.run(key, setting)
     except Exception as error:
         blamed = storage_failure(str(error))
         tune.report({"storage": blamed} if blamed else {"failed": explain(error)})
