@@ -33,7 +33,7 @@ LAYERS = [
     {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export", "soup"},
     {"train", "report", "serve", "batch"},
     {"tune"},
-    {"recipes", "cli", "benchmark", "doctor"},  # benchmark trains and asks for answers, as a job does
+    {"recipes", "cli", "benchmark", "compare", "doctor"},  # benchmark and compare train and ask for answers, as jobs do
 ]
 WITHOUT_RAY = [
     "config",
