@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -163,6 +164,23 @@ def row_shares(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def shorten(name: str, most: int = 16) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def percent_axis(axis: Any) -> None:
+    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=PERCENT))
+
+
+def dot(marker: str, color: str, face: str) -> Line2D:
+    return Line2D([], [], color=color, marker=marker, markerfacecolor=face, linestyle="")
+
+
+def legend_below(axes: Axes, handles: Sequence[Any], names: Sequence[str], columns: int = 3) -> None:
+    """Below the plot, where it hides nothing."""
+    if names:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _fading(color: str) -> LinearSegmentedColormap:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar.report.figures import PAPER, TRAIN, VAL, Draw, shorten
+from cifar.report.figures import PAPER, TRAIN, VAL, Draw, dot, legend_below, percent_axis, shorten
 from cifar.report.page import PERCENT, percent
 
 Trial = Mapping[str, Any]
@@ -216,11 +216,11 @@ def curves(trials: Sequence[Trial], rungs: Sequence[int], best: int | None) -> D
             axes.axvline(epoch, color=mpl.rcParams["text.color"], linestyle=":", linewidth=1, alpha=0.5)
         axes.set(title="Val accuracy by epoch", xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _percent(axes.yaxis)
+        percent_axis(axes.yaxis)
         seen = {trial["rung"]: colors[trial["number"]] for trial in trials} if rungs else {}
         names = [f"rung at epoch {rungs[rung]}" if rung >= 0 else "no rung" for rung in sorted(seen)]
         handles = [Line2D([], [], color=seen[rung], marker="o", markersize=4) for rung in sorted(seen)]
-        _legend(axes, handles, names)
+        legend_below(axes, handles, names)
 
     return draw
 
@@ -252,7 +252,7 @@ def timeline(trials: Sequence[Trial], now: float) -> Draw:
         axes.set_yticks(numbers[:: math.ceil(len(numbers) / 20)])
         axes.set_ylim(numbers[-1] + 0.6, numbers[0] - 0.6)
         states = [state for state in STATES if any(trial["state"] == state for trial in trials)]
-        _legend(axes, [Patch(color=STATES[state]) for state in states], states)
+        legend_below(axes, [Patch(color=STATES[state]) for state in states], states)
 
     return draw
 
@@ -278,7 +278,7 @@ def slice_of(trials: Sequence[Trial], at: Scale) -> Draw:
         axes.set_xticks(*zip(*at.ticks(max(4, 48 // max(len(at.choices), 1))), strict=True))
         name = shorten(at.name, 40)
         axes.set(title=name, xlabel="logarithmic" if at.log else "", xlim=(-0.04, 1.04))
-        _percent(axes.yaxis)
+        percent_axis(axes.yaxis)
 
     return draw
 
@@ -306,16 +306,16 @@ def spreads(rows: Sequence[Spread], title: str, each: str) -> Draw:
                 axes.plot([row.search], [place], "D", color=TRAIN, markersize=6)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set(title=title, xlabel="val accuracy", ylim=(len(rows) - 0.5, -0.5))
-        _percent(axes.xaxis)
-        handles = [_dot("o", VAL, "none"), _dot("o", VAL, VAL)]
+        percent_axis(axes.xaxis)
+        handles = [dot("o", VAL, "none"), dot("o", VAL, VAL)]
         names = [each, "mean"]
         if any(row.interval for row in rows):
             handles.append(Line2D([], [], color=VAL, linewidth=3, alpha=0.45))
             names.append("95 % interval of the mean")
         if any(row.search is not None for row in rows):
-            handles.append(_dot("D", TRAIN, TRAIN))
+            handles.append(dot("D", TRAIN, TRAIN))
             names.append("score in the search")
-        _legend(axes, handles, names, columns=2)
+        legend_below(axes, handles, names, columns=2)
 
     return draw
 
@@ -341,20 +341,3 @@ def schedule(trials: Sequence[Trial], at: Scale) -> Draw:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw
-
-
-def _percent(axis: Any) -> None:
-    axis.set_major_locator(MaxNLocator(6))
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=PERCENT))
-
-
-def _dot(marker: str, color: str, face: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, markerfacecolor=face, linestyle="")
-
-
-def _legend(axes: Axes, handles: Sequence[Any], names: Sequence[str], columns: int = 3) -> None:
-    """Below the plot, where it hides nothing."""
-    if names:
-        figure = axes.get_figure(root=True)
-        assert figure is not None
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9)
