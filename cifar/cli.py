@@ -104,6 +104,16 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
+def given_flags(argv: Sequence[str] | None = None) -> frozenset[str]:
+    """Names of the flags on the command line, as fields of a config.
+
+    Not told by a value that differs from the recipe's: who writes --lr 0.2 wants 0.2, even where that is the default.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.partition("=")[0].strip("-").replace("-", "_") for word in words if word.startswith("--")}
+    return frozenset(given | {name.removeprefix("no_") for name in given})
+
+
 def _parse(flags: Any, argv: list[str], description: str) -> tuple[Any, bool]:
     fields: list[Any] = []
     if isinstance(flags, Mapping):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from cifar.cli import command_line, run_job
+from cifar.cli import command_line, given_flags, run_job
 from cifar.config import Config
 from cifar.recipes import RECIPES
 from cifar.tune.settings import TuneConfig
@@ -98,11 +98,8 @@ def publish_winner(done: "Sweep", summary: dict[str, Any], flags: TuneConfig) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    # Not told by a value that differs from the recipe's: who writes --lr 0.2 wants 0.2, even where that is the default.
-    given = {word.partition("=")[0].strip("-").replace("-", "_") for word in words if word.startswith("--")}
-    given |= {name.removeprefix("no_") for name in given}
-    recipes = {name: Flags(config=recipe(), base=name, given=frozenset(given)) for name, recipe in RECIPES.items()}
+    given = given_flags(argv)
+    recipes = {name: Flags(config=recipe(), base=name, given=given) for name, recipe in RECIPES.items()}
     return run_job(search, recipes, argv)
 
 
