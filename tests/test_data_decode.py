@@ -33,6 +33,7 @@ def test_square_rgb_is_kept_exactly():
     ("image", "expected"),
     [
         (flat("L", 77), [77, 77, 77]),
+        (flat("I;16", 77 * 257), [77, 77, 77]),
         (flat("1", 1), [255, 255, 255]),
         (flat("LA", (0, 0)), [255, 255, 255]),
         (flat("LA", (40, 255)), [40, 40, 40]),
@@ -53,6 +54,15 @@ def test_palette_with_and_without_transparency():
     assert pixel(encode(image, "gif")) == [10, 20, 30]
 
 
+def test_a_palette_of_greys():
+    image = Image.new("P", (8, 8), 7)
+    image.putpalette([value for grey in range(256) for value in (grey, grey, grey)])
+    for kind in ("png", "gif", "bmp", "tiff"):
+        assert pixel(encode(image, kind)) == [7, 7, 7]
+    half = bytes([255] * 7 + [128])  # alpha by place in the palette
+    assert pixel(encode(image, transparency=half)) == [131, 131, 131]
+
+
 def test_colour_key_transparency_of_rgb():
     assert pixel(encode(flat("RGB", (1, 2, 3)), transparency=(1, 2, 3))) == [255, 255, 255]
 
@@ -71,6 +81,33 @@ def test_16_bit_grey_is_scaled_not_clipped(kind: str):
     image = Image.fromarray(np.tile(values, (9, 1)))
     found = decode(encode(image, kind), 9, "crop")
     np.testing.assert_array_equal(found, np.repeat(np.tile(np.round(values / 257), (9, 1))[..., None], 3, axis=2))
+
+
+def test_16_bit_grey_with_a_transparent_value():
+    values = np.array([0, 25_700, 65_535], np.uint16)
+    data = encode(Image.fromarray(np.tile(values, (3, 1))), transparency=25_700)
+    assert decode(data, 3, "crop")[0, :, 0].tolist() == [0, 255, 255]
+
+
+def tiff_of_bits(bits: int, photometric: int, pixels: bytes, orientation: int = 1) -> bytes:
+    """8x8 grey pixels, packed, in a TIFF that Pillow would not write."""
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 274: orientation, 277: 1, 278: 8}
+    tags[279] = len(pixels)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("photometric", "expected"), [(1, 32), (0, 223)])
+def test_16_bit_grey_that_counts_from_white(photometric: int, expected: int, orientation: int):
+    data = tiff_of_bits(16, photometric, struct.pack("<64H", *[32 * 257] * 64), orientation)
+    assert pixel(data) == [expected] * 3
+
+
+def test_12_bit_grey_is_scaled_by_its_own_range():
+    """Two pixels in three bytes: 2048 and 4095 of 4095."""
+    data = tiff_of_bits(12, 1, bytes([0x80, 0x0F, 0xFF]) * 32)
+    assert decode(data, 8, "crop")[0, :2, 0].tolist() == [128, 255]
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])

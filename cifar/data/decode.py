@@ -32,6 +32,8 @@ _BACKGROUND = "white"
 _COMMON = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 _OTHER = ("TIFF", "WEBP", "AVIF", "JPEG2000")
 _ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+"""Tags of TIFF and a value."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,9 +67,10 @@ class Decoded(NamedTuple):
 def decode(data: bytes, image_size: int, resize: Resize) -> np.ndarray:
     """uint8 (S,S,3) RGB of an encoded image; BadImage with the reason if there is none.
 
-    EXIF orientation is applied. Transparency is composited on white. 16-bit grey is scaled, v / 257 rounded. Of an
-    animation the first frame is taken. Other shapes are resized bicubically with antialiasing: `crop` scales the short
-    side and keeps the centre, `pad` scales the long side and centres the image on black, `stretch` ignores the aspect.
+    EXIF orientation is applied. Transparency is composited on white. 16-bit grey is scaled by the range of its format,
+    v / 257 rounded, whatever of it an image uses. Of an animation the first frame is taken. Other shapes are resized
+    bicubically with antialiasing: `crop` scales the short side and keeps the centre, `pad` scales the long side and
+    centres the image on black, `stretch` ignores the aspect.
     """
     return (
         np.frombuffer(decode_row(data, image_size, resize).pixels, np.uint8).reshape(image_size, image_size, 3).copy()
@@ -206,11 +209,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion clips at 255. Mode I holds 16-bit values too when they come from PGM."""
+    """Pillow's own conversion clips at 255. Mode I holds 16-bit values too when they come from PGM; those of a TIFF are
+    as they are stored, be they 12 bits or count from white."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise BadImage("unsupported pixel format, 32-bit integers")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    most = 4095 if tags.get(_BITS) == (12,) else 65535
+    grey = ((values.astype(np.uint32) * 255 + most // 2) // most).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if isinstance(image.info.get("transparency"), int):  # the value that is transparent
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _to_square(image: Image.Image, side: int, resize: Resize) -> Image.Image:
