@@ -49,6 +49,9 @@ def _require(condition: bool, flag: str, value: object, remedy: str) -> None:
 class DataConfig:
     data: str = "cifar10"
     """Named set (cifar10, cifar100, digits, auto), folder of class folders, Parquet file or folder, or such a URI."""
+    label: str = ""
+    """Column of Parquet files that holds the classes, such as coarse_label for the 20 superclasses of cifar100. Empty:
+    label, or else fine_label."""
     image_size: int = 32
     """Side in pixels of the square images that the network gets."""
     resize: Resize = "crop"

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import types
@@ -423,7 +424,10 @@ def test_uris_for_source_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (lambda root: root.write_text("text"), "no folder and no Parquet file"),
         (lambda root: (root.mkdir(), (root / "a.png").write_bytes(png(0))), "no class folders"),
         (lambda root: write_folder(root, classes=1), "1 classes with training images"),
-        (lambda root: write_folder(root, classes=2, per_class=1), "too few to cut test from"),
+        (
+            lambda root: write_folder(root, classes=2, per_class=1),
+            r"too few images: class_0 \(1\), class_1",
+        ),
         (lambda root: (write_folder(root / "train"), write_folder(root / "extra")), "extra: unknown beside train/"),
         (lambda root: (root.mkdir(), pq.write_table(pa.table({"a": [1]}), root / "a.parquet")), "needs a column img"),
         (
@@ -499,6 +503,7 @@ class FakeCifar:
 
     calls: tuple[str, ...] = ()
     error: Exception | None = None
+    base_folder = "cifar-100-python"
 
     def __init__(self, root: str, train: bool, download: bool) -> None:
         assert download
@@ -508,6 +513,12 @@ class FakeCifar:
         self.data = np.stack([noise(seed) for seed in (range(40) if train else range(100, 110))])
         self.targets = [row % 2 for row in range(len(self.data))]
         self.classes = ["cat", "dog"]
+        # What the archive of CIFAR-100 leaves beside: the superclasses, of which torchvision's class says nothing.
+        folder = Path(root) / self.base_folder
+        folder.mkdir(exist_ok=True)
+        coarse = [row % 3 for row in range(len(self.data))]
+        (folder / ("train" if train else "test")).write_bytes(pickle.dumps({"coarse_labels": coarse}))
+        (folder / "meta").write_bytes(pickle.dumps({"coarse_label_names": ["fish", "trees", "people"]}))
 
 
 @pytest.fixture
@@ -529,6 +540,48 @@ def test_download_is_converted_once(fake_cifar: type[FakeCifar], name: str, cach
     assert len(fake_cifar.calls) == 2
     assert not Path(fake_cifar.calls[0]).exists()
     assert sorted(path.name for path in (cache / "sources" / name).iterdir()) == ["test.parquet", "train.parquet"]
+
+
+def test_a_download_of_cifar100_knows_its_superclasses_too(fake_cifar: type[FakeCifar]):
+    prepared = prepare(config("cifar100", label="coarse_label"))
+    assert prepared.classes == ("fish", "trees", "people")
+    assert prepared.class_counts["test"] == [4, 3, 3]
+    assert prepare(config("cifar100")).classes == ("cat", "dog")
+    assert len(fake_cifar.calls) == 2, "one download serves both"
+
+
+def write_cifar100(folder: Path) -> None:
+    """In the hub's schema: `img`, `fine_label` of 100 names, `coarse_label` of 20."""
+    names = {"fine_label": [f"fine {i:02}" for i in range(100)], "coarse_label": [f"coarse {i:02}" for i in range(20)]}
+    features: dict[str, object] = {"img": {"_type": "Image"}}
+    features |= {column: {"names": of_it, "_type": "ClassLabel"} for column, of_it in names.items()}
+    for split, each in (("train", 3), ("test", 1)):
+        fine = np.random.default_rng(each).permutation(np.repeat(np.arange(100), each))
+        write_parquet(folder / f"{split}.parquet", [png(int(f) + 100 * each) for f in fine], fine.tolist())
+        table = pq.read_table(folder / f"{split}.parquet").rename_columns({"label": "fine_label"})
+        table = table.append_column("coarse_label", pa.array(fine // 5))
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        (folder / f"{split}.parquet").rename(folder / f"{split}-00000-of-00001.parquet")
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f"{split}-00000-of-00001.parquet")
+
+
+def test_cifar100_as_published_with_fine_and_coarse_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_cifar100(tmp_path / "hub")
+    monkeypatch.setenv("CIFAR100_DIR", str(tmp_path / "hub"))
+    fine, coarse = prepare(config("cifar100")), prepare(config("cifar100", label="coarse_label"))
+    assert (fine.classes[7], coarse.classes[7]) == ("fine 07", "coarse 07")
+    assert (len(fine.classes), len(coarse.classes)) == (100, 20)
+    assert fine.fingerprint != coarse.fingerprint
+    for prepared, size in ((fine, 1), (coarse, 5)):
+        for split in ("train", "val", "test"):
+            assert min(prepared.class_counts[split]) >= 1
+        assert prepared.class_counts["test"] == [size] * len(prepared.classes)
+    labels = [dict(zip(ids(one, "test"), to_arrays(one.table("test")).labels, strict=True)) for one in (fine, coarse)]
+    assert all(labels[1][row] == label // 5 for row, label in labels[0].items())
+    with pytest.raises(
+        ConfigError, match=r"needs a column colour beside img; it has img, fine_label, coarse_label; .*--label"
+    ):
+        prepare(config("cifar100", label="colour"))
 
 
 def test_no_network_names_the_remedies(fake_cifar: type[FakeCifar]):
@@ -573,3 +626,33 @@ def test_an_unwritable_cache_is_a_clear_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CIFAR_CACHE", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="CIFAR_CACHE"):
         prepare(config(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_bad_files_of_a_small_class_leave_the_good_ones_to_the_splits(
+    tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
+):
+    """Whichever was drawn for val or test; of too few good ones the class is named."""
+    write_folder(tmp_path / "set", classes=2, per_class=40)
+    (tmp_path / "set/rare").mkdir()
+    for number in range(count):
+        (tmp_path / f"set/rare/{number}.png").write_bytes(png(number + 500))
+    for number in range(count, 12):
+        (tmp_path / f"set/rare/{number}.png").write_bytes(b"")
+    if count < 3:
+        with pytest.raises(ConfigError, match=r"too few images: rare \(2\); each needs 3"):
+            prepare(config(tmp_path / "set", max_bad=0.5))
+        return
+    prepared = prepare(config(tmp_path / "set", max_bad=0.5))
+    assert [prepared.class_counts[split][2] for split in ("train", "val", "test")] == [count - 2, 1, 1]
+    assert prepared.quarantined == 12 - count
+    if count == 3:
+        assert "cutting again without the bad rows" in caplog.text
+
+
+def test_a_class_all_of_whose_images_in_a_given_split_are_bad_is_an_error(tmp_path: Path):
+    write_folder(tmp_path / "set/train")
+    write_folder(tmp_path / "set/test", per_class=1, seed=500)
+    (tmp_path / "set/test/class_1/0000.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"none of the images of class_1 in test is readable \(.*0000.png\)"):
+        prepare(config(tmp_path / "set", max_bad=0.5))

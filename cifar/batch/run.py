@@ -77,7 +77,7 @@ def predict_all(
         raise ConfigError(f"--output {config.output}: lies in --input {config.input}; name a folder elsewhere")
     probe(config.output, "--output")
     model = load_model(found.folder)
-    listing = list_rows(config.input, model.info.classes)
+    listing = list_rows(config.input, model.info.classes, model.info.config.data.label)
     parts = plan_parts(listing, model.info.config.data, len(model.info.classes))
     threshold = model.calibration.threshold_or(config.threshold)
     job = describe(config, found, listing, len(parts), threshold)

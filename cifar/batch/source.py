@@ -14,7 +14,7 @@ from pyarrow import fs
 from cifar.config import ConfigError, DataConfig, Resize
 from cifar.data.prepared import absolute, filesystem
 from cifar.data.read import Piece
-from cifar.data.rows import LABEL_COLUMNS, agreed, class_names, encode_labels, find_image_column
+from cifar.data.rows import agreed, class_names, encode_labels, find_image_column, find_label_column
 from cifar.data.sources import SPLIT_FOLDERS, Source, folder, single_file
 
 _PART_ROWS = 4096
@@ -64,8 +64,11 @@ def is_picture(path: str) -> bool:
     return kind == fs.FileType.File and not root.endswith(".parquet")
 
 
-def list_rows(path: str, classes: tuple[str, ...]) -> Listing:
-    """The rows of a folder or of a Parquet file, for a model of these classes. Reads no image."""
+def list_rows(path: str, classes: tuple[str, ...], label: str = "") -> Listing:
+    """The rows of a folder or of a Parquet file, for a model of these classes. Reads no image.
+
+    `label` is the column that holds them, where the model was trained on one of that name; empty: as in training.
+    """
     where = absolute(path)
     files, root = filesystem(where)
     try:
@@ -73,7 +76,7 @@ def list_rows(path: str, classes: tuple[str, ...]) -> Listing:
         source = single_file(path, where, info) if info.type == fs.FileType.File else folder(path, where)
     except OSError as error:
         raise ConfigError(f"--input {path}: cannot be listed: {error}") from error
-    listing = _parquet_rows(source, classes) if source.parquet else _image_rows(source, classes)
+    listing = _parquet_rows(source, classes, label) if source.parquet else _image_rows(source, classes)
     if not listing.total:
         raise ConfigError(f"--input {path}: holds no images; name a folder of images, or Parquet files")
     return listing
@@ -102,7 +105,7 @@ def _positions(names: list[str | None], classes: tuple[str, ...], where: str) ->
     return np.array([position[name] for name in names], np.int32)
 
 
-def _parquet_rows(source: Source, classes: tuple[str, ...]) -> Listing:
+def _parquet_rows(source: Source, classes: tuple[str, ...], label_column: str) -> Listing:
     files, root = filesystem(source.path)
     counts: list[int] = []
     columns: list[str | None] = []
@@ -115,7 +118,7 @@ def _parquet_rows(source: Source, classes: tuple[str, ...]) -> Listing:
             with files.open_input_file(f"{root}/{file.name}") as stream, pq.ParquetFile(stream) as parquet:
                 schema, count = parquet.schema_arrow, parquet.metadata.num_rows
                 columns.append(find_image_column(schema, where))
-                label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+                label = find_label_column(schema, label_column) or find_label_column(schema, "")
                 if label is None or not _can_label(schema.field(label).type):
                     codes.append(np.full(count, -1))
                 else:

@@ -4,10 +4,12 @@ import io
 import json
 import logging
 import os
+import pickle
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +70,11 @@ def _download(name: str, path: str, variable: str) -> None:
             for split in ("train", "test"):
                 # Checks the archive's MD5 sum.
                 found = cls(scratch, train=split == "train", download=True)
-                _write(join(path, f"{split}.parquet"), found.data, found.targets, found.classes)
+                labels = {"label": (found.targets, found.classes)}
+                if name == "cifar100":
+                    folder = os.path.join(scratch, cls.base_folder)
+                    labels = {"fine_label": labels["label"], "coarse_label": _superclasses(folder, split)}
+                _write(join(path, f"{split}.parquet"), found.data, labels)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"--data {name}: ${variable} is unset, the cache has no copy and the download failed ({error}); set "
@@ -79,24 +85,36 @@ def _download(name: str, path: str, variable: str) -> None:
         socket.setdefaulttimeout(timeout)
 
 
+def _superclasses(folder: str, split: str) -> tuple[list[int], list[str]]:
+    """CIFAR-100's coarse labels and their names, from the archive that torchvision has checked and leaves them in."""
+    found = []
+    for file in (split, "meta"):
+        with open(os.path.join(folder, file), "rb") as stream:
+            found.append(pickle.load(stream, encoding="latin1"))
+    return found[0]["coarse_labels"], found[1]["coarse_label_names"]
+
+
 def _write_digits(path: str) -> None:
     from sklearn.datasets import load_digits  # 1 s
 
     images, labels = load_digits(return_X_y=True)
     pixels = np.round(np.asarray(images).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    _write(path, pixels, np.asarray(labels).tolist(), [str(digit) for digit in range(10)])
+    _write(path, pixels, {"label": (np.asarray(labels).tolist(), [str(digit) for digit in range(10)])})
 
 
-def _write(path: str, images: np.ndarray, labels: Iterable[int], classes: list[str]) -> None:
-    """Parquet in the hub's layout: PNG in `img.bytes`, class names in the schema's metadata."""
-    features = {"img": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+def _write(path: str, images: np.ndarray, labels: Mapping[str, tuple[list[int], list[str]]]) -> None:
+    """Parquet in the hub's layout: PNG in `img.bytes`, of each column of labels the class names in the schema's
+    metadata."""
+    features: dict[str, Any] = {"img": {"_type": "Image"}}
+    features |= {name: {"names": classes, "_type": "ClassLabel"} for name, (_, classes) in labels.items()}
     schema = pa.schema(
-        {"img": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()},
+        {"img": pa.struct({"bytes": pa.binary(), "path": pa.string()})} | {name: pa.int64() for name in labels},
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     rows = [{"bytes": _png(image), "path": None} for image in images]
     sink = io.BytesIO()
-    table = pa.table([pa.array(rows, schema.field("img").type), pa.array(labels, pa.int64())], schema=schema)
+    columns = [pa.array(values, pa.int64()) for values, _ in labels.values()]
+    table = pa.table([pa.array(rows, schema.field("img").type), *columns], schema=schema)
     pq.write_table(table, sink, row_group_size=1000)
     write_file(path, sink.getvalue())
 

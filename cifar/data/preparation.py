@@ -48,6 +48,14 @@ _STALE_SECONDS = 24 * 3600
 logger = logging.getLogger(__name__)
 
 
+class _ClassLost(ConfigError):
+    """All images of a class in a split are bad; elsewhere there may be good ones."""
+
+    def __init__(self, message: str, bad: list[BadRow]) -> None:
+        super().__init__(message)
+        self.bad = [row.number for row in bad]
+
+
 def prepare(config: DataConfig, start_ray: Callable[[], object] = lambda: None) -> Prepared:
     """The prepared set of `config.data`: from the cache, or made now.
 
@@ -86,6 +94,7 @@ def _cached_or_made(source: Source, config: DataConfig, start_ray: Callable[[], 
 def _key(content: str, source: Source, config: DataConfig) -> str:
     """The fields of DataConfig that shape rows; not max_bad, which only decides whether they are accepted."""
     shape = config.image_size, config.resize, config.val_fraction, config.test_fraction, config.split_seed
+    shape += (config.label,) if config.label else ()
     return hashlib.blake2b(repr((content, source.single, shape, FORMAT_VERSION)).encode(), digest_size=16).hexdigest()
 
 
@@ -109,11 +118,19 @@ def _make(source: Source, config: DataConfig, fingerprint: str, start_ray: Calla
             "learns better from shuffled files",
             source.name,
         )
+    try:
+        return _make_of(rows, config, fingerprint, start_ray)
+    except _ClassLost as lost:
+        logger.warning("%s: cutting again without the bad rows", str(lost).partition(";")[0])
+        return _make_of(read_rows(source, config, lost.bad), config, fingerprint, start_ray)
+
+
+def _make_of(rows: Rows, config: DataConfig, fingerprint: str, start_ray: Callable[[], object]) -> Prepared:
     with _new_folder(_set_path(fingerprint)) as folder:
         summaries = _convert_all(rows, config, folder, start_ray)
         bad = sorted(row for summary in summaries for row in summary.bad)
         _write_quarantine(join(folder, QUARANTINE), bad, rows)
-        prepared = _merge(summaries, rows, config, folder, fingerprint, len(bad))
+        prepared = _merge(summaries, rows, config, folder, fingerprint, bad)
         prepared = replace(prepared, duplicates=_duplicates(summaries, prepared))
         prepared.save()
     return replace(prepared, path=_set_path(fingerprint))
@@ -201,7 +218,7 @@ def _write_quarantine(path: str, bad: list[BadRow], rows: Rows) -> None:
 
 
 def _merge(
-    summaries: list[Summary], rows: Rows, config: DataConfig, folder: str, fingerprint: str, quarantined: int
+    summaries: list[Summary], rows: Rows, config: DataConfig, folder: str, fingerprint: str, bad: list[BadRow]
 ) -> Prepared:
     class_counts = np.zeros((len(SPLITS), len(rows.classes)), np.int64)
     parts = {name: [] for name in SPLITS}
@@ -217,6 +234,7 @@ def _merge(
     for name, count in zip(SPLITS, counts.tolist(), strict=True):
         if not count:
             raise ConfigError(f"--data {config.data}: no readable image in {name}; give more images")
+    _check_classes(class_counts, rows, config, bad)
     pixels = int(counts[TRAIN]) * config.image_size**2
     # Exact integers: the usual cancellation of a square mean minus a squared mean does not occur.
     variances = [(int(q) * pixels - int(s) ** 2) / pixels**2 for s, q in zip(pixel_sum, pixel_square_sum, strict=True)]
@@ -230,13 +248,27 @@ def _merge(
         class_counts=dict(zip(SPLITS, class_counts.tolist(), strict=True)),
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
-        quarantined=quarantined,
+        quarantined=len(bad),
         source=rows.source.name,
         parts=parts,
         group_rows=group_rows(config.image_size),
         duplicates={},
         source_stats=_source_stats(summaries),
     )
+
+
+def _check_classes(class_counts: np.ndarray, rows: Rows, config: DataConfig, bad: list[BadRow]) -> None:
+    """A class whose few images in a split are all bad would go unnoticed there."""
+    for code, name in enumerate(SPLITS):
+        labels = rows.labels[(rows.splits == code) & (rows.labels >= 0)]
+        given = np.bincount(labels, minlength=len(rows.classes))
+        for label in np.flatnonzero((given > 0) & (class_counts[code] == 0)):
+            files = ", ".join(row.id for row in bad if rows.labels[row.number] == label)
+            raise _ClassLost(
+                f"--data {config.data}: none of the images of {rows.classes[label]} in {name} is readable ({files}); "
+                f"mend them, add others, or leave the class out",
+                bad,
+            )
 
 
 def _source_stats(summaries: Iterable[Summary]) -> dict[str, Any]:

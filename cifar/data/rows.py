@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,12 @@ class Rows:
         return self.classes[label] if label >= 0 else self.odd_labels.get(row)
 
 
-def read_rows(source: Source, config: DataConfig) -> Rows:
-    """Labels and splits of all rows; of a Parquet source only footers and label columns are read."""
-    values, splits, names, files = _parquet_labels(source) if source.parquet else _folder_labels(source)
+def read_rows(source: Source, config: DataConfig, bad: Sequence[int] = ()) -> Rows:
+    """Labels and splits of all rows; of a Parquet source only footers and label columns are read.
+
+    The rows `bad`, whose images are known to be unreadable, are not cut for val or test.
+    """
+    values, splits, names, files = _parquet_labels(source, config.label) if source.parquet else _folder_labels(source)
     if not (splits == TRAIN).any():
         raise ConfigError(f"--data {source.name}: no training images; give class folders, or a train split")
     codes, uniques = values
@@ -75,7 +78,9 @@ def read_rows(source: Source, config: DataConfig) -> Rows:
     table = np.array([*(position.get(value, OUT_OF_RANGE) for value in uniques), MISSING], np.int32)
     labels = table[codes]
     odd = {int(row): str(uniques[codes[row]]) for row in np.flatnonzero(labels == OUT_OF_RANGE)}
-    splits = cut_missing(splits, labels, config)
+    readable = labels.copy()
+    readable[list(bad)] = MISSING
+    splits = cut_missing(splits, readable, config, classes)
     return Rows(source=source, classes=classes, labels=labels, splits=splits, odd_labels=odd, files=files)
 
 
@@ -107,7 +112,7 @@ def _folder_labels(source: Source) -> Labels:
     return (np.array([code[name] for name in names], np.int64), uniques), splits, None, []
 
 
-def _parquet_labels(source: Source) -> Labels:
+def _parquet_labels(source: Source, label_column: str) -> Labels:
     filesystem_, root = filesystem(source.path)
     codes, splits, files = [], [], []
     names: list[str] | None = None
@@ -120,7 +125,7 @@ def _parquet_labels(source: Source) -> Labels:
         where = f"--data {source.name}: {file.name}"
         try:
             with filesystem_.open_input_file(f"{root}/{file.name}") as stream, pq.ParquetFile(stream) as parquet:
-                image, label = _columns(parquet.schema_arrow, where)
+                image, label = _columns(parquet.schema_arrow, label_column, where)
                 names = agreed(names, class_names(parquet.schema_arrow, label), where)
                 column = parquet.read([label]).column(0)
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
@@ -134,12 +139,20 @@ def _parquet_labels(source: Source) -> Labels:
     return (np.concatenate(codes), list(uniques)), np.concatenate(splits), names, files
 
 
-def _columns(schema: pa.Schema, where: str) -> tuple[str, str]:
+def _columns(schema: pa.Schema, wanted: str, where: str) -> tuple[str, str]:
     image = find_image_column(schema, where)
-    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    label = find_label_column(schema, wanted)
     if label is None:
-        raise ConfigError(f"{where}: needs a column label beside {image}; it has {', '.join(schema.names)}")
+        raise ConfigError(
+            f"{where}: needs a column {wanted or LABEL_COLUMNS[0]} beside {image}; it has {', '.join(schema.names)}; "
+            f"name the one with the classes by --label"
+        )
     return image, label
+
+
+def find_label_column(schema: pa.Schema, wanted: str) -> str | None:
+    """The column `wanted`, or, if that is empty, the first of `LABEL_COLUMNS` that there is."""
+    return next((name for name in ((wanted,) if wanted else LABEL_COLUMNS) if name in schema.names), None)
 
 
 def find_image_column(schema: pa.Schema, where: str) -> str:
