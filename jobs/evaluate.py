@@ -36,8 +36,15 @@ class Flags:
     sways each mistake; neighbours, the training images most like it."""
     output: str = "./report"
     """Folder or URI for report.html, report.json and figures."""
+    label_errors: int = 0
+    """Look for wrong labels in train and val, too: train the model's configuration so many times anew, each on all but
+    one part of them, and ask each about the part left out. Takes as long as 2, 3 or more trainings; 0: don't."""
+    storage: str = "./runs"
+    """Folder or URI for the trainings of --label-errors; the same command goes on with them."""
 
     def __post_init__(self) -> None:
+        if self.label_errors < 0 or self.label_errors == 1:
+            raise ConfigError(f"--label-errors {self.label_errors}: use 2 trainings or more, or 0 for none")
         if self.model and self.models:
             raise ConfigError(f"--model {self.model}: name it among --models, or drop these")
         if len(self.models) == 1:
@@ -50,7 +57,7 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     from cifar.cluster import start_ray
     from cifar.data import prepare
     from cifar.data.prepared import absolute, join, parent
-    from cifar.evaluate import Ensemble, calibrate, evaluate, explain, to_dict
+    from cifar.evaluate import Ensemble, calibrate, evaluate, explain, review_to_dict, to_dict
     from cifar.evaluate.robustness import robustness
     from cifar.report import read_history, write_report
     from cifar.run_dir import writable
@@ -79,9 +86,18 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     robust = None
     if "robustness" not in flags.without:
         robust = robustness(predictor, prepared, flags.split, sample=ROBUSTNESS_IMAGES)
+    review = None
+    if flags.label_errors:
+        from cifar.cross_validation import review_labels  # not above: it needs Ray
+
+        start_ray(verbose=False)
+        recipe = replace(members[0].info.config, data=config)
+        review = review_labels(recipe, prepared, flags.label_errors, flags.storage)
     output = absolute(flags.output)
     with writable(output) as folder:
-        write_report(folder, evaluation, history=history, command=command_line(), robustness=robust)
+        write_report(
+            folder, evaluation, history=history, command=command_line(), robustness=robust, label_review=review
+        )
     report = join(output, "report.html")
     low, high = evaluation.accuracy_ci95
     for name, accuracy in alone.items():
@@ -89,8 +105,12 @@ def evaluate_model(flags: Flags) -> dict[str, Any]:
     if alone:
         print(f"accuracy {sum(alone.values()) / len(alone):.4f} in the mean of the {len(alone)}")
     print(f"accuracy {evaluation.accuracy:.4f} ({low:.4f} to {high:.4f}) of {evaluation.count:,} {flags.split} images")
+    deeper: dict[str, Any] = {"robustness": robust.to_dict()} if robust else {}
+    if review is not None:
+        deeper["label_errors"] = review_to_dict(review)
+        likely = deeper["label_errors"]["likely_errors"]
+        print(f"label errors: {likely:,} likely, {join(output, 'label_errors.csv')}")
     print(f"report: {report}")
-    deeper = {"robustness": robust.to_dict()} if robust else {}
     return to_dict(evaluation) | deeper | {"report": report}
 
 

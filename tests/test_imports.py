@@ -33,6 +33,7 @@ LAYERS = [
     {"local", "ray_job", "ray_worker", "worker", "elastic", "lean_trainer", "evaluate", "export", "soup"},
     {"train", "report", "serve", "batch"},
     {"tune"},
+    {"cross_validation"},  # trains and predicts
     {"recipes", "cli", "benchmark", "compare", "doctor"},  # benchmark and compare train and ask for answers, as jobs do
 ]
 WITHOUT_RAY = [

@@ -16,6 +16,7 @@ from cifar.evaluate.evaluation import (
     to_dict,
     without_pixels,
 )
+from cifar.evaluate.label_errors import LabelErrors, LabelReview, find_label_errors, review_to_dict
 from cifar.evaluate.mistakes import explain
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Bin",
     "Ensemble",
     "Evaluation",
+    "LabelErrors",
+    "LabelReview",
     "Mistake",
     "Rows",
     "Slice",
@@ -31,6 +34,8 @@ __all__ = [
     "calibrate",
     "evaluate",
     "explain",
+    "find_label_errors",
+    "review_to_dict",
     "score",
     "to_dict",
     "without_pixels",

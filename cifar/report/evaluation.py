@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar.evaluate import Evaluation, Mistake, Slice, to_dict
+from cifar.evaluate.label_errors import LabelReview, review_to_dict
 from cifar.evaluate.robustness import Robustness
 from cifar.machine import cpu_model, usable_cpus
-from cifar.report import figures, page
+from cifar.report import figures, label_errors, page
 from cifar.report.history import Row, verdict
 from cifar.report.robustness import view
 
@@ -26,11 +27,13 @@ def write_report(
     history: Sequence[Row] = (),
     command: str = "",
     robustness: Robustness | None = None,
+    label_review: LabelReview | None = None,
 ) -> Path:
     """Write the report into `folder` and return the path of report.html.
 
-    Beside it: report.json, figures/confusion.png, figures/reliability.png and, with a `history` (the rows of
-    metrics.jsonl, see `read_history`), curves.png. `command` is what a reader types to get the numbers again.
+    Beside it: report.json, figures/confusion.png, figures/reliability.png, with a `history` (the rows of metrics.jsonl,
+    see `read_history`) curves.png, and with a `label_review` label_errors.csv. `command` is what a reader types to get
+    the numbers again.
     """
     folder = Path(folder)
     learning = verdict(history) if history else None
@@ -48,9 +51,13 @@ def write_report(
     if history:
         panels = [figures.curve(history, key) for key in ("loss", "accuracy")]
         page.write(folder / "curves.png", figures.png(panels, (10, 4)))
+    deeper: dict[str, Any] = {}
     if robustness:
-        facts["robustness"] = robustness.to_dict()
-    page.write_json(folder / "report.json", to_dict(evaluation) | facts)
+        deeper["robustness"] = robustness.to_dict()
+    if label_review:
+        deeper["label_errors"] = review_to_dict(label_review)
+        label_errors.write_csv(folder, label_review)
+    page.write_json(folder / "report.json", to_dict(evaluation) | facts | deeper)
     html = page.render(
         "evaluation.html",
         evaluation=evaluation,
@@ -72,6 +79,7 @@ def write_report(
             }
             for mistake in evaluation.mistakes
         ],
+        label_errors=label_errors.section(label_review) if label_review else None,
         history=history,
         curves=[
             figures.svg(figures.curve(history, key), (5, 3.6), f"Learning curve: {key} of train and val by epoch")

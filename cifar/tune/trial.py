@@ -23,16 +23,9 @@ from cifar.probe import require_seen
 from cifar.ray_job import Blocks, Job
 from cifar.run_dir import SWEEP_CONFIG, RunDir
 from cifar.train import train_on_ray
+from cifar.tune.folds import Fold, fit_fold
 from cifar.tune.plan import SweepPlan
 from cifar.tune.space import Space, apply
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fold:
-    """Rows of the table of all images, int64."""
-
-    train: np.ndarray
-    val: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +121,8 @@ class TrialRun:
         table = job.train.read(0, job.train.rows[0])
         histories: list[list[dict[str, Any]]] = []
         for number, fold in enumerate(job.folds, 1):
-            counts = job.prepared.counts | {"train": len(fold.train), "val": len(fold.val)}
-            prepared = replace(job.prepared, counts=counts)
-            run_dir = self._open(join(self.path, f"fold-{number}"), prepared)
-            context = LocalContext(run_dir, self.device)
-            summary = train_here(self.config, prepared, context, Rows(table, fold.train), Rows(table, fold.val))
+            run_dir = RunDir(join(self.path, f"fold-{number}"), hparams=self.values)
+            summary = fit_fold(self.config, job.prepared, table, fold, run_dir, self.device)
             histories.append(summary["history"])
             best = [max(row["val_accuracy"] for row in history) for history in histories]
             row = {"epoch": number, "fold_accuracy": best[-1], "val_accuracy": float(np.mean(best))}
