@@ -131,6 +131,7 @@ def test_the_same_answers_are_no_difference() -> None:
     rows = [1, 0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 0, 1, 1]
     scores, (difference,) = compare([sample(*rows), sample(*rows)], [0, 0])
     assert difference.difference == 0
+    assert difference.same
     assert not difference.holds
     assert difference.interval[0] < 0 < difference.interval[1]
     assert difference.mcnemar.exact == difference.mcnemar.mid == 1

@@ -132,6 +132,7 @@ def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) ->
     environment = os.environ | {"CIFAR10_DIR": str(parquet)}
     shorter = {"jobs/train.py": ["--epochs", "2"], "jobs/benchmark.py": ["--epochs", "2", "--budget", "0.05"]}
     shorter["jobs/tune.py"] = ["--trials", "2", "--epochs", "2", "--widths", "8", "--depths", "2", "--confirm", "1,1"]
+    shorter["jobs/compare.py"] = ["--seeds", "2", "--epochs", "2", "--widths", "8", "--depths", "2"]
     (tmp_path / "photo.jpg").write_bytes(png(0))
     for command in commands:
         _, job, *flags = command
@@ -147,6 +148,7 @@ def test_the_readmes_commands_do_what_they_say(parquet: Path, tmp_path: Path) ->
     assert (tmp_path / "data-report/data_report.html").exists()
     assert len(list(tmp_path.glob("runs/*/report.html"))) == 2
     assert len(list(tmp_path.glob("runs/*/sweep.html"))) == 1
+    assert len(list(tmp_path.glob("runs/*/compare.html"))) == 1
     assert (tmp_path / "report/report.html").exists()
     assert json.loads((tmp_path / "benchmark/benchmark.json").read_text())["stages"]
     assert (tmp_path / "predictions/photo.png").exists()

@@ -158,6 +158,8 @@ class Difference:
     p: float
     p_holm: float
     """Corrected for the number of pairs."""
+    same: bool
+    """Whether all their runs are right on the very same images."""
     seeds_known: bool
     holds: bool
     """p_holm is below 5 %."""
@@ -203,6 +205,7 @@ def compare(
                 interval=(max(difference - half, -1.0), min(difference + half, 1.0)),
                 p=p,
                 p_holm=p_holm,
+                same=np.array_equal(first.correct, second.correct),
                 seeds_known=known,
                 holds=holds,
                 wins=float(_wins(first, second)),
