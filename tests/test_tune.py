@@ -18,15 +18,25 @@ import ray.tune
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import FIFOScheduler
 from rich.console import Console
 
-from cifar.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, TrainConfig, TransferConfig
+from cifar.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    RunFailed,
+    TrainConfig,
+    TransferConfig,
+)
 from cifar.data import Prepared
 from cifar.recipes import RECIPES, fast, notebook
 from cifar.run_dir import RunDir
 from cifar.tune import Choice, Float, Int
-from cifar.tune.execute import Recorder, clipped, environment, make_scheduler, rungs, setting_of, unchangeable
+from cifar.tune.execute import Recorder, clipped, environment, execute, make_scheduler, rungs, setting_of, unchangeable
 from cifar.tune.folder import claim_folder
 from cifar.tune.folds import make_folds
 from cifar.tune.ledger import BUDGET, Ledger, Trial
@@ -49,7 +59,7 @@ from cifar.tune.space import (
 from cifar.tune.spaces import SPACES, space_for
 from cifar.tune.study import Study, check_free
 from cifar.tune.summary import Setup, max_epochs
-from cifar.tune.trial import TrialContext, explain, mean_history
+from cifar.tune.trial import SweepJob, TrialContext, explain, mean_history
 from jobs.tune import main
 
 SPACE: Space = {
@@ -420,6 +430,31 @@ def test_a_trial_whose_process_dies_again_and_again_has_failed(tmp_path: Path, c
         Recorder(ledger, str, release=False).on_trial_error(1, [], tunes)
     assert (trial.state, trial.reason) == ("failed", "its process died 4 times")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_node_without_memory_is_one_error_and_the_trials_wait(
+    tmp_path: Path, config: Config, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray kills the process; Tune starts again what died otherwise, but not this."""
+    ledger = Ledger(str(tmp_path / "sweep/trials"))
+    trial = ledger.add(Trial(number=0, values={}))
+
+    class Killed:
+        def __init__(self, *trainable: Any, **settings: Any):
+            pass
+
+        def fit(self) -> None:
+            ledger.started(trial)
+            raise RuntimeError("Caught unexpected exception") from OutOfMemoryError("1 worker(s) were killed")
+
+    for name in ("with_parameters", "with_resources"):
+        monkeypatch.setattr(ray.tune, name, lambda trainable, *more, **job: trainable)
+    monkeypatch.setattr(ray.tune, "Tuner", Killed)
+    plan = make_sweep_plan(config, TuneConfig(at_once=2), 0, [{"CPU": 4.0, "memory": 2**34}])
+    job = SweepJob(config=config, space={}, prepared=prepared, path=ledger.path, plan=plan, train=None, val=None)
+    with pytest.raises(RunFailed, match=r"sweep: a node had no memory left for 2 trials.*--at-once 1 the same command"):
+        execute(job, ledger, FIFOScheduler(), lambda: None, 1, None, lambda trial: "")
+    assert Ledger(ledger.path)["00000"].state == "waiting"
 
 
 def test_a_search_with_trials_to_go_on_with_is_not_finished(tmp_path: Path, config: Config, prepared: Prepared) -> None:

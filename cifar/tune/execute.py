@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -22,6 +23,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
+from cifar.config import RunFailed
 from cifar.data.prepared import filesystem, join, parent
 from cifar.data.remote import StorageFailed, storage_failure
 from cifar.lean_trainer import get_or_create_autoscaling_coordinator, release_workers, release_workers_soon
@@ -124,6 +126,14 @@ def execute(
             if blamed := storage_failure(last.partition(": ")[2]):
                 raise StorageFailed(blamed) from None
             raise
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            # After any other death of a process Tune starts it again.
+            raise RunFailed(
+                f"{parent(job.path)}: a node had no memory left for {plan.at_once} trials at a time; "
+                f"with --at-once {max(plan.at_once - 1, 1)} the same command goes on"
+            ) from error
         recorder.finish()
     for trial in ledger.trials.values():
         if trial.state == "running":  # Tune ends what runs without a word when time is up
