@@ -22,6 +22,7 @@ Average = Literal["none", "ema", "lookahead"]
 TestTimeAugmentation = Literal["none", "mirror", "shift"]
 Precision = Literal["auto", "fp32", "bf16"]
 LoaderKind = Literal["auto", "resident", "streaming"]
+Balance = Literal["none", "sampling", "loss", "logits"]
 
 FREE_SPACE = "free some space and give the same command again, which goes on"
 """The remedy on a full disk."""
@@ -276,6 +277,10 @@ class TrainConfig:
     """Also write a checkpoint every so many optimizer steps; one per epoch is always written."""
     skip_easy: float = 0.0
     """Share of the images that most epochs leave out: those of lowest loss when last seen. A stream leaves none out."""
+    balance: Balance = "none"
+    """Let all classes count alike, however many images they have: `sampling` draws images of small ones more often,
+    `loss` weighs their loss more, `logits` adds the logarithm of their sizes to the logits in training alone (Menon
+    2021). The best epoch is then the one of the lowest val loss, as a mean over the classes."""
     loader: LoaderKind = "auto"
     """Training data in memory or streamed; `auto` measures the split against the memory."""
 
@@ -380,6 +385,12 @@ class Config:
             "optimizer",
             "muon",
             "sets the size of its steps itself; with --layer-decay or --unfreeze-epochs use adamw or sgd",
+        )
+        _require(
+            self.train.balance != "sampling" or self.augment.augment_on == "device",
+            "balance",
+            "sampling",
+            "--augment-on data changes an image once in an epoch, however often it is drawn; use --balance loss",
         )
         if self.model.model == "notebook":
             _require(

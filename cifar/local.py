@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cifar.balance import sampling_weights
 from cifar.checkpoints import Checkpoints
 from cifar.cluster import choose_loader
 from cifar.config import Config, ConfigError
@@ -57,7 +58,13 @@ def train_here(
     """Train in this process on these rows, or streaming where they are None."""
 
     def make_loader(context: Context) -> Loader:
-        common = {"batch_size": config.train.batch_size, "seed": config.train.seed, "rank": 0, "world_size": 1}
+        common: dict[str, Any] = {
+            "batch_size": config.train.batch_size,
+            "seed": config.train.seed,
+            "rank": 0,
+            "world_size": 1,
+            "weights": sampling_weights(config, prepared.class_counts["train"]),
+        }
         if train is None:
             return StreamingLoader(
                 prepared, read_stream(prepared), epochs=config.train.epochs, device=context.device, **common

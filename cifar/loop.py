@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar.augment import augment, derive_seed, mix
+from cifar.balance import ImageLosses
 from cifar.config import Config, Precision, TrainConfig
 from cifar.data.loader import Batch
 from cifar.data.prepared import Arrays
-from cifar.metrics import Totals
+from cifar.metrics import ClassTotals, Totals
 from cifar.optim import Averager, lr_scale, native_bf16, set_lr
 from cifar.selection import Selection
 from cifar.transfer import resting
@@ -43,6 +44,7 @@ def train_epoch(
     totals: Totals,
     selection: Selection | None,
     teacher: Teaching | None,
+    image_losses: ImageLosses,
     augmented: bool,
     after_step: Callable[[int], bool],
 ) -> None:
@@ -50,8 +52,9 @@ def train_epoch(
 
     `model` is the network or its compiled or distributed wrapper. `batches` are this worker's, `augmented` if they come
     with random changes applied. `first_step`, of the `total_steps` of the run, is that of the epoch's batch 0. The loss
-    of each image, which has `teacher`'s share where there is one, goes to `selection`. After each step
-    `after_step(steps done in this epoch)` may end the epoch early by returning True.
+    of each image, by `image_losses` with `teacher`'s share where there is one, goes to `selection`; minimized is the
+    mean of what counts of it. After each step `after_step(steps done in this epoch)` may end the epoch early by
+    returning True.
     """
     at_rest = resting(unwrapped(model), config.transfer, epoch)  # pyright: ignore[reportArgumentType]
     model.train()
@@ -65,7 +68,7 @@ def train_epoch(
         set_lr(optimizer, lr_scale(config.optim, step, total_steps))
         images, targets = batch.images, batch.labels
         if not augmented:
-            images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
+            images = augment(images, batch.draws, config.augment, seed=seed, epoch=epoch)
         if mixing:
             images, targets = mix(images, targets, config.augment, num_classes, seed=seed, epoch=epoch, step=step)
         taught = targets if teacher is None else teacher.logits(images)
@@ -80,12 +83,10 @@ def train_epoch(
             with synchronized_only_if(part == micro_batches - 1, model):
                 with autocast(config.train.precision, device):
                     logits = model(some)
-                losses = F.cross_entropy(
-                    logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
-                )
+                losses, counts = image_losses(logits.float(), wanted)
                 if teacher is not None:
                     losses = teacher.blend(losses, logits, answers)
-                loss = losses.sum()
+                loss = losses.sum() if counts is None else losses @ counts
                 (loss / len(images)).backward()
             totals.add(logits, wanted, loss)
             if selection is not None:
@@ -102,8 +103,15 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, device: torch.device) -> Totals:
-    """Plain cross-entropy and accuracy over all rows of `batches`, summed over this worker alone."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Arrays],
+    config: TrainConfig,
+    device: torch.device,
+    by_class: ClassTotals | None = None,
+) -> Totals:
+    """Plain cross-entropy and accuracy over all rows of `batches`, summed over this worker alone; `by_class` gets the
+    same of each class."""
     model.eval()
     totals = Totals.zeros(device)
     for batch in batches:
@@ -112,6 +120,8 @@ def evaluate(model: nn.Module, batches: Iterable[Arrays], config: TrainConfig, d
         with autocast(config.precision, device):
             logits = model(images.permute(0, 3, 1, 2))
         totals.add(logits, labels)
+        if by_class is not None:
+            by_class.add(logits, labels)
     return totals
 
 

@@ -46,3 +46,29 @@ class Totals:
         if count == 0:
             raise ValueError("no images were counted; the split is empty")
         return {"loss": loss_sum / count, "accuracy": correct / count, "count": int(count)}
+
+
+class ClassTotals:
+    """Loss sum, number correct and image count of each class, as one tensor."""
+
+    def __init__(self, num_classes: int, device: torch.device | str) -> None:
+        self.sums = torch.zeros(num_classes, 3, dtype=Totals.zeros(device).sums.dtype, device=device)
+        """(C, 3): loss, correct, count."""
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits float (B,C), labels int64 (B,)."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        columns = [losses, logits.argmax(1) == labels, torch.ones_like(losses)]
+        self.sums.index_add_(0, labels, torch.stack([column.to(self.sums.dtype) for column in columns], 1))
+
+    def all_reduce(self) -> None:
+        """Sum over all workers; without a process group there is one worker and nothing to do."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    def result(self) -> dict[str, float]:
+        """`balanced_loss` and `balanced_accuracy` (Brodersen 2010): means over the classes that have images of their
+        means; the one host sync."""
+        loss, correct, count = self.sums[self.sums[:, 2] > 0].T
+        return {"balanced_loss": (loss / count).mean().item(), "balanced_accuracy": (correct / count).mean().item()}

@@ -48,7 +48,8 @@ class Display(Terminal):
             self._console.print(
                 f"epoch {row['epoch']:>3}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
                 f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  "
-                f"{row['images_per_second']:,.0f} images/s  {row['train_seconds']:.1f} s"
+                + (f"over classes {row['val_balanced_accuracy']:.4f}  " if "val_balanced_accuracy" in row else "")
+                + f"{row['images_per_second']:,.0f} images/s  {row['train_seconds']:.1f} s"
             )
         self._shown = max(self._shown, len(rows))
 

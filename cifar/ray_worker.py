@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cifar.balance import sampling_weights
 from cifar.cluster import node_cores
 from cifar.config import ConfigError, RunFailed
 from cifar.context import Context, Wish
@@ -179,6 +180,7 @@ def make_loader(job: Job, context: Context) -> Loader:
         "rank": context.rank,
         "world_size": context.world_size,
         "device": context.device,
+        "weights": sampling_weights(config, prepared.class_counts["train"]),
     }
     if job.train is None:
         stream = ray_stream(prepared, config.augment, config.train.seed)

@@ -40,8 +40,8 @@ class Selection:
         return chosen
 
     def add(self, indices: Tensor, losses: Tensor) -> None:
-        """Take in the losses, float (B,), of the images `indices`, int64 (B,)."""
-        self._fresh[indices] = losses.detach().float()
+        """Take in the losses, float (B,), of the images `indices`, int64 (B,); of a repeated one the highest counts."""
+        self._fresh.scatter_reduce_(0, indices, losses.detach().float(), "amax")
 
     def share(self) -> None:
         """Let every worker know this epoch's losses of all; called by all at once."""

@@ -63,6 +63,8 @@ def fit(config: Config) -> Run:
     config = config.with_batch_size(prepared.counts["train"])
     num_batches(prepared.counts["train"], config.train.batch_size, world_size=1)  # refuses what has no batch
     config = settle_network(config, prepared)
+    if config.train.balance == "none" and prepared.imbalance_advice:
+        logger.info("%s", prepared.imbalance_advice)
     run_dir = RunDir(join(absolute(config.run.storage), config.run.name or default_name(config, prepared)))
     if in_process:
         from cifar.local import fit_in_process

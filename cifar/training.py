@@ -14,6 +14,7 @@ from torch import nn
 
 from cifar import transfer
 from cifar.augment import derive_seed
+from cifar.balance import image_losses_of
 from cifar.config import Config
 from cifar.context import Context
 from cifar.data.loader import Batch, Loader
@@ -47,6 +48,7 @@ class Position:
     train_seconds: float = 0.0
     """Wall time of training, validation and checkpoints, over all attempts; without compilation."""
     best_accuracy: float = -1.0
+    """Of val; with --balance exp(-loss) over the classes."""
     epochs_without_gain: int = 0
     stopped: str = ""
     """Why training ended, or empty while it goes on."""
@@ -168,7 +170,7 @@ def compile_ahead(
     sample = loader.sample(per_worker).permute(0, 2, 3, 1)  # fewer where the worker's share is smaller
     indices = torch.arange(per_worker, device=context.device)
     images = sample[indices % len(sample)].permute(0, 3, 1, 2)  # in the memory order of a loader's batch
-    batch = Batch(images, torch.zeros_like(indices), indices)
+    batch = Batch(images, torch.zeros_like(indices), indices, indices)
     for epoch in {epoch_size(config.train, config.data.image_size, epoch): epoch for epoch in epochs}.values():
         train_epoch(
             training.model,
@@ -185,6 +187,7 @@ def compile_ahead(
             totals=Totals.zeros(context.device),
             selection=None,
             teacher=None,
+            image_losses=image_losses_of(config, [1] * num_classes, context.device),
             augmented=augmented,
             after_step=lambda steps_done: False,
         )

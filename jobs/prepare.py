@@ -8,6 +8,7 @@ from typing import Any
 
 from cifar.cli import command_line, run_job
 from cifar.config import AugmentConfig, DataConfig
+from cifar.recipes import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class Flags:
 
 
 def prepare_data(flags: Flags) -> dict[str, Any]:
-    """Read, check and convert a data set, cache it for training, and write a report on it."""
+    """Read, check and convert a data set for runs with the same --recipe and flags of data, and write its report."""
     # Not above: --help needs neither Ray nor torch.
     from cifar.cluster import start_ray
     from cifar.data import prepare
@@ -37,6 +38,8 @@ def prepare_data(flags: Flags) -> dict[str, Any]:
     within, across = prepared.duplicates["within_train"], prepared.duplicates["train_test"]
     if within or across:
         print(f"duplicates: {within:,} within train, {across:,} of test in train")
+    if prepared.imbalance_advice:
+        print(prepared.imbalance_advice)
     print(f"prepared set: {prepared.path}")
     print(f"report: {report}")
     return {
@@ -50,7 +53,8 @@ def prepare_data(flags: Flags) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job(prepare_data, Flags, argv)
+    recipes = {name: recipe() for name, recipe in RECIPES.items()}
+    return run_job(prepare_data, {name: Flags(data=r.data, augment=r.augment) for name, r in recipes.items()}, argv)
 
 
 if __name__ == "__main__":

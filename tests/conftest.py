@@ -18,6 +18,8 @@ from tests.images import encode, write_parquet
 
 NUM_CLASSES = 4
 NUM_TRAIN, NUM_TEST = 440, 60
+IMBALANCED = (240, 96, 48, 12)
+"""Train images of each class."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,14 +40,30 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the hub's layout: 16x16 images, each class a colour under noise, 440 train and 60 test rows."""
     folder = tmp_path_factory.mktemp("parquet")
+    write_colours(
+        folder, {split: np.arange(count) % NUM_CLASSES for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST))}
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imbalanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The like, of 396 train rows, few of some classes, and 44 val rows, as many of each."""
+    folder = tmp_path_factory.mktemp("imbalanced")
+    labels = {split: np.arange(count) % NUM_CLASSES for split, count in (("val", 44), ("test", NUM_TEST))}
+    write_colours(folder, labels | {"train": np.repeat(np.arange(NUM_CLASSES), IMBALANCED)})
+    return folder
+
+
+def write_colours(folder: Path, splits: dict[str, np.ndarray]) -> None:
+    """The rows of each split in random order, by their labels."""
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (NUM_CLASSES, 3))
-    for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST)):
-        labels = rng.permutation(np.arange(count) % NUM_CLASSES)
-        pixels = colours[labels][:, None, None] + rng.normal(0, 25, (count, 16, 16, 3))
+    for split, ordered in splits.items():
+        labels = rng.permutation(ordered)
+        pixels = colours[labels][:, None, None] + rng.normal(0, 25, (len(labels), 16, 16, 3))
         images = [encode(Image.fromarray(image)) for image in pixels.clip(0, 255).astype(np.uint8)]
         write_parquet(folder / f"{split}-00000-of-00001.parquet", list(images), labels.tolist())
-    return folder
 
 
 @pytest.fixture(scope="session")

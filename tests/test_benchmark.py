@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from cifar.balance import image_losses_of
 from cifar.benchmark.accuracy import seconds_to, statistics, time_to_accuracy
 from cifar.benchmark.cost import predict_cost
 from cifar.benchmark.measure import Stage, more_wanted, weighted_mean
@@ -65,6 +66,7 @@ def bench(config: Config, prepared: Prepared) -> Bench:
         {},
         {"optim": {"accumulate": 2, "clip_norm": 0.5, "average": "ema"}},
         {"augment": {"mixup": 0.5}, "model": {"dropout": 0.3}, "optim": {"label_smoothing": 0.1}},
+        {"train": {"balance": "loss"}, "augment": {"cutmix": 1.0}},
         {"train": {"scales": (0.5, 1.0), "precision": "bf16"}, "optim": {"optimizer": "muon", "lr": 0.1}},
     ],
 )
@@ -73,6 +75,7 @@ def test_the_steps_that_are_timed_are_those_of_training(
 ) -> None:
     """Same batches, same weights, bit for bit: over an epoch of the loop and as many of the benchmark's steps."""
     config = replace(config, **{group: replace(getattr(config, group), **values) for group, values in changes.items()})
+    prepared = replace(prepared, class_counts=prepared.class_counts | {"train": [200, 100, 80, 16]})
     loop, timed = (Bench(config, prepared, CPU, budget=0.01) for _ in range(2))
     classes, size = len(prepared.classes), epoch_size(config.train, config.data.image_size, 1)
     train_epoch(
@@ -90,6 +93,7 @@ def test_the_steps_that_are_timed_are_those_of_training(
         totals=Totals.zeros(CPU),
         selection=None,
         teacher=loop.training.teacher,
+        image_losses=image_losses_of(config, prepared.class_counts["train"], CPU),
         augmented=False,
         after_step=lambda done: False,
     )

@@ -16,7 +16,7 @@ MODULES = {
 # Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
     {"calibration", "config", "context", "machine", "statistics", "waiting"},
-    {"augment", "models", "optim", "metrics", "selection"},
+    {"augment", "balance", "models", "optim", "metrics", "selection"},
     {"data", "loop", "model_dir", "probe", "transfer"},
     {
         "autoscaler",
@@ -39,6 +39,7 @@ LAYERS = [
 WITHOUT_RAY = [
     "config",
     "augment",
+    "balance",
     "models",
     "optim",
     "metrics",

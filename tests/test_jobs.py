@@ -91,8 +91,26 @@ def test_evaluate_an_ensemble(here: Config, tmp_path: Path, capsys: pytest.Captu
 def test_prepare_reports(here: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "report"
     assert prepare.main(["--data", here.data.data, "--image-size", "16", "--output", str(output), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["counts"] == {"train": 396, "val": 44, "test": 60}
+    *text, values = capsys.readouterr().out.splitlines()
+    assert json.loads(values)["counts"] == {"train": 418, "val": 22, "test": 60}
+    assert not any(line.startswith("imbalanced") for line in text)
     assert (output / "data_report.html").stat().st_size > 1000
+
+
+def test_prepare_and_train_share_one_prepared_set(
+    here: Config, imbalanced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And of classes of unequal size both the text and the page name the remedy."""
+    flags = ["--data", str(imbalanced), "--image-size", "16", "--recipe", "notebook"]
+    assert prepare.main([*flags, "--output", str(tmp_path), "--json"]) == 0
+    *text, values = capsys.readouterr().out.splitlines()
+    assert any(re.match("imbalanced: .* 20 times .*--balance logits", line) for line in text)
+    assert "has 20 times as many" in (tmp_path / "data_report.html").read_text()
+    assert json.loads((tmp_path / "data_report.json").read_text())["imbalance"] == 20
+    flags += ["--epochs", "1", "--widths", "8", "--workers", "0", "--storage", str(tmp_path), "--name", "r", "--json"]
+    assert train.main(flags) == 0
+    capsys.readouterr()
+    assert json.loads((tmp_path / "r/report.json").read_text())["fingerprint"] == json.loads(values)["fingerprint"]
 
 
 @pytest.mark.parametrize(

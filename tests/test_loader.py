@@ -59,7 +59,7 @@ def test_an_epoch_has_every_row_once_with_its_own_image_and_label(prepared: Prep
         assert batch.images.shape == (44, 3, 16, 16)
         assert batch.images.dtype == torch.uint8
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        for image, label, index in zip(*batch, strict=True):
+        for image, label, index in zip(*batch[:3], strict=True):
             row = row_of[int(index)]
             assert label == arrays.labels[row]
             assert (image.permute(1, 2, 0).numpy() == arrays.images[row]).all()
@@ -206,7 +206,7 @@ def test_a_loader_of_some_rows_gives_these_alone(prepared: Prepared) -> None:
     arrays = to_arrays(table)
     assert loader.num_batches == 3
     for batch in loader.epoch(1):
-        for image, label, index in zip(*batch, strict=True):
+        for image, label, index in zip(*batch[:3], strict=True):
             (row,) = np.flatnonzero(arrays.indices == int(index))
             assert row % 3 == 0
             assert label == arrays.labels[row]

@@ -85,14 +85,22 @@ def test_tensorboard_reads_the_events(here: Config) -> None:
         lambda c: replace(c, augment=replace(c.augment, mixup=0.4, cutmix=1.0, policy="trivial")),
         lambda c: replace(c, train=replace(c.train, loader="streaming")),
         lambda c: replace(c, train=replace(c.train, skip_easy=0.3, epochs=4)),
+        lambda c: replace(c, train=replace(c.train, skip_easy=0.3, epochs=4, balance="sampling")),
+        lambda c: replace(c, train=replace(c.train, loader="streaming", balance="sampling")),
+        lambda c: replace(c, train=replace(c.train, balance="loss"), optim=replace(c.optim, label_smoothing=0.1)),
     ],
-    ids=["adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming", "skip-easy"],
+    ids=[
+        *("adam", "muon-ema", "sgd-lookahead", "dropout", "mixed", "streaming", "skip-easy"),
+        *("balanced", "balanced-streaming", "balanced-loss"),
+    ],
 )
 def test_interrupted_often_ends_with_the_same_bits(
-    here: Config, change: Callable[[Config], Config], monkeypatch: pytest.MonkeyPatch
+    here: Config, change: Callable[[Config], Config], imbalanced: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed right after a checkpoint in mid-epoch, after the one of an epoch, and in the middle of the third."""
     config = change(replace(here, train=replace(here.train, checkpoint_steps=4)))
+    if config.train.balance != "none":
+        config = replace(config, data=replace(config.data, data=str(imbalanced)))
     whole = fit(named(config, "whole"))
     report = LocalContext.report
     reports = 0

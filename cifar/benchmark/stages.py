@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cifar.balance import image_losses_of, sampling_weights
 from cifar.benchmark.measure import (
     MOST,
     Stage,
@@ -95,7 +96,8 @@ class Bench:
 
     def stepper(self, training: Training | None = None) -> Stepper:
         classes = len(self.prepared.classes)
-        return Stepper(self.config, training or self.training, classes, self.num_batches, self.device)
+        image_losses = image_losses_of(self.config, self.prepared.class_counts["train"], self.device)
+        return Stepper(self.config, training or self.training, classes, self.num_batches, self.device, image_losses)
 
     @property
     def gradient_bytes(self) -> int:
@@ -258,7 +260,8 @@ class Bench:
 
     def _common(self) -> dict[str, Any]:
         train = self.config.train
-        return {"batch_size": train.batch_size, "seed": train.seed, "rank": 0, "world_size": 1}
+        weights = sampling_weights(self.config, self.prepared.class_counts["train"])
+        return {"batch_size": train.batch_size, "seed": train.seed, "rank": 0, "world_size": 1, "weights": weights}
 
     def _load(self, kind: str) -> Stage:
         """A repetition is an epoch, or what the budget leaves of it: single batches of a stream come in bursts."""

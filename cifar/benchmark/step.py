@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar.augment import augment, derive_seed, mix
+from cifar.balance import ImageLosses
 from cifar.benchmark.measure import synchronize
 from cifar.config import Config
 from cifar.data.loader import Batch
@@ -36,9 +36,18 @@ class Stepper:
     averaged weights.
     """
 
-    def __init__(self, config: Config, training: Training, num_classes: int, num_batches: int, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        training: Training,
+        num_classes: int,
+        num_batches: int,
+        device: torch.device,
+        image_losses: ImageLosses,
+    ):
         self.config, self.training, self.device = config, training, device
         self._num_classes, self._num_batches = num_classes, num_batches
+        self._image_losses = image_losses
         self._parameters = [p for p in training.model.parameters() if p.requires_grad]
         self._totals = Totals.zeros(device)
 
@@ -51,7 +60,7 @@ class Stepper:
         training.model.train()
         with meter("augment"):
             images, targets = batch.images, batch.labels
-            images = augment(images, batch.indices, config.augment, seed=seed, epoch=epoch)
+            images = augment(images, batch.draws, config.augment, seed=seed, epoch=epoch)
             if config.augment.mixup > 0 or config.augment.cutmix > 0:
                 images, targets = mix(
                     images, targets, config.augment, self._num_classes, seed=seed, epoch=epoch, step=step
@@ -74,12 +83,10 @@ class Stepper:
                 with autocast(config.train.precision, self.device):
                     logits = training.model(some)
                 with record_function("loss"):
-                    losses = F.cross_entropy(
-                        logits.float(), wanted, reduction="none", label_smoothing=config.optim.label_smoothing
-                    )
+                    losses, counts = self._image_losses(logits.float(), wanted)
                     if training.teacher is not None:
                         losses = training.teacher.blend(losses, logits, answers)
-                    loss = losses.sum()
+                    loss = losses.sum() if counts is None else losses @ counts
                     self._totals.add(logits, wanted, loss)
             with meter("backward"):
                 (loss / len(images)).backward()

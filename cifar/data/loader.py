@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from cifar.augment import derive_seed
+from cifar.balance import exactly, occurrences, repetitions
 from cifar.data.prepared import Arrays, Prepared, RowRange, to_arrays
 from cifar.data.shares import num_batches, share
 
 EVALUATION_BATCH = 500
+REPEATED = 40
+"""Bits of `Batch.draws` that hold the index; those above count how often the image has come before."""
 SHUFFLE_BYTES = 64 * 2**20
 """Rows that the streaming loader mixes at a time: 20,000 images of 32x32."""
 STREAM_BYTES = 256 * 2**20
@@ -42,6 +45,9 @@ class Batch(NamedTuple):
     """int64 (B,)."""
     indices: Tensor
     """int64 (B,): each image's number in the prepared set."""
+    draws: Tensor
+    """int64 (B,): what the random changes of each image are drawn for: its index, or another number each time that the
+    epoch repeats it."""
 
 
 class Loader(Protocol):
@@ -66,8 +72,9 @@ class Loader(Protocol):
 class ResidentLoader:
     """The worker's share of `total` rows, `table`, as one uint8 tensor on its device, where there is room for it.
 
-    `rows` picks some of the table's, int64 (n,); the `micro_batches` of a batch divide them. On a CPU a table of one
-    chunk is used where it is, so that processes that train on the same block of the object store share its pages.
+    `rows` picks some of the table's, int64 (n,); the `micro_batches` of a batch divide them. `weights`, float32 (C,),
+    say how often an epoch draws an image of each class, on average; without them each comes once. On a CPU a table of
+    one chunk is used where it is, so that processes that train on the same block of the object store share its pages.
     """
 
     chooses = True
@@ -84,6 +91,7 @@ class ResidentLoader:
         device: torch.device,
         micro_batches: int = 1,
         rows: np.ndarray | None = None,
+        weights: Tensor | None = None,
     ):
         arrays = to_arrays(table)
         images = as_tensor(arrays.images)
@@ -95,23 +103,43 @@ class ResidentLoader:
         self.num_batches = num_batches(total, batch_size, world_size)
         self._parts, self._per_part = micro_batches, batch_size // world_size // micro_batches
         self._seed, self._rank, self._device = seed, rank, device
+        self._weights = None if weights is None else weights.to(device)
 
     def epoch(self, epoch: int, start: int = 0, choose: Choose | None = None) -> Iterator[Batch]:
         orders = torch.stack([self._order(epoch, part, choose) for part in range(self._parts)])
+        before = None if self._weights is None else torch.stack([occurrences(order) for order in orders])
         for number in range(start, min(orders.shape[1] // self._per_part, self.num_batches)):
-            rows = orders[:, number * self._per_part : (number + 1) * self._per_part].flatten()
+            places = slice(number * self._per_part, (number + 1) * self._per_part)
+            rows = orders[:, places].flatten()
             images = self._images[self._rows[rows].to(self._images.device)].to(self._device, non_blocking=True)
-            yield Batch(images.permute(0, 3, 1, 2), self._labels[rows], self._indices[rows])
+            draws = indices = self._indices[rows]
+            if before is not None:
+                draws = indices + (before[:, places].flatten() << REPEATED)
+            yield Batch(images.permute(0, 3, 1, 2), self._labels[rows], indices, draws)
 
     def _order(self, epoch: int, part: int, choose: Choose | None) -> Tensor:
         """Rows of the worker's share that one of its micro-batches goes by, int64 (n,)."""
-        seed = derive_seed(self._seed, epoch, self._rank * self._parts + part, "order")
-        rows = len(self._labels) // self._parts
-        order, first = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)), part * rows
-        order = order.to(self._device, non_blocking=True)
+        count = len(self._labels) // self._parts
+        rows = self._drawn(epoch, part, slice(part * count, (part + 1) * count))
+        order = self._shuffled(count, epoch, part, "order")
         if choose is not None:
-            order = order[choose(self._indices[first : first + rows])[order]]
-        return order + first
+            order = order[choose(self._indices[rows])[order]]
+        return rows[order]
+
+    def _drawn(self, epoch: int, part: int, share: slice) -> Tensor:
+        """As many rows as there are in a micro-batch's share, int64 (n,): each once, or by the weights."""
+        rows = torch.arange(share.start, share.stop, device=self._device)
+        if self._weights is None:
+            return rows
+        times = repetitions(self._labels[share], self._indices[share], self._weights, seed=self._seed, epoch=epoch)
+        drawn = rows.repeat_interleave(times) if times.any() else rows
+        return exactly(drawn[self._shuffled(len(drawn), epoch, part, "balance")], len(rows))
+
+    def _shuffled(self, count: int, epoch: int, part: int, stream: str) -> Tensor:
+        """0 to count - 1, int64 (count,)."""
+        seed = derive_seed(self._seed, epoch, self._rank * self._parts + part, stream)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return order.to(self._device, non_blocking=True)
 
     def sample(self, count: int) -> Tensor:
         return self._images[self._rows[:count].to(self._images.device)].to(self._device).permute(0, 3, 1, 2)
@@ -125,6 +153,7 @@ class StreamingLoader:
 
     `open_stream` takes row ranges of the epochs to come, in order, each with its epoch, and yields their tables in that
     order; it may read all of them ahead. The next stream is opened while one is used, whatever epoch either belongs to.
+    `weights`, float32 (C,), say how often an epoch draws an image of each class, on average.
     """
 
     chooses = False
@@ -140,12 +169,13 @@ class StreamingLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        weights: Tensor | None = None,
     ):
         self.num_batches = num_batches(prepared.counts["train"], batch_size, world_size)
         self._prepared, self._open_stream = prepared, open_stream
         self._epochs, self._seed, self._rank, self._world_size = epochs, seed, rank, world_size
         self._per_worker = batch_size // world_size
-        self._device = device
+        self._device, self._weights = device, weights
         self._window = max(SHUFFLE_BYTES // (3 * prepared.image_size**2), 2 * self._per_worker)
         self._stream: Generator[pa.Table] | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -225,25 +255,50 @@ class StreamingLoader:
             first += rows
         return mine
 
-    def _mixed(self, epoch: int, stream: Iterator[pa.Table]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Exactly one epoch's rows off the stream, as full batches and a rest."""
+    def _mixed(self, epoch: int, stream: Iterator[pa.Table]) -> Iterator[tuple[Tensor, ...]]:
+        """Exactly one epoch's rows off the stream, as full batches and a rest; at least as many as an epoch has."""
         generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch, self._rank, "order"))
         low, high = share(self._prepared.counts["train"], self._rank, self._world_size)
-        remaining, pool = high - low, []
+        remaining, missing = high - low, self.num_batches * self._per_worker
+        pool: list[Arrays] = []
+        drawn: list[tuple[Tensor, Tensor]] = []  # rows of the pool, and how often each of them has come before
         while remaining:
             arrays = to_arrays(next(stream))
             remaining -= len(arrays.labels)
+            arrays, rows, before = self._drawn(arrays, epoch)
+            drawn.append((rows + sum(len(part.labels) for part in pool), before))
             pool.append(arrays)
-            if remaining and sum(len(part.labels) for part in pool) < self._window:
+            if remaining and sum(len(rows) for rows, _ in drawn) < self._window:
                 continue
             images, labels, indices = (torch.from_numpy(np.concatenate(column)) for column in zip(*pool, strict=True))
-            order = torch.randperm(len(labels), generator=generator)
+            rows, before = (torch.cat(column) for column in zip(*drawn, strict=True))
+            order = torch.randperm(len(rows), generator=generator)
+            if not remaining:
+                order = exactly(order, max(len(order), missing))
             # Half a window stays behind, so that rows of one row group spread over more than one window.
             ready = len(order) if not remaining else len(order) // 2 // self._per_worker * self._per_worker
-            for rows in order[:ready].split(self._per_worker):
-                yield images[rows].permute(0, 3, 1, 2), labels[rows], indices[rows]
-            rest = order[ready:]
-            pool = [Arrays(*(column[rest].numpy() for column in (images, labels, indices)))]
+            missing -= ready
+            for some in order[:ready].split(self._per_worker):
+                row, index = rows[some], indices[rows[some]]
+                yield images[row].permute(0, 3, 1, 2), labels[row], index, index + (before[some] << REPEATED)
+            # A row that will come several times is kept once.
+            kept, places = rows[order[ready:]].unique(return_inverse=True)
+            pool = [Arrays(*(column[kept].numpy() for column in (images, labels, indices)))]
+            drawn = [(places, before[order[ready:]])]
+
+    def _drawn(self, arrays: Arrays, epoch: int) -> tuple[Arrays, Tensor, Tensor]:
+        """The images of a table that the epoch has; of these the row numbers, int64 (n,), each as often as the epoch
+        has it, and how often it has come before."""
+        if self._weights is None:
+            rows = torch.arange(len(arrays.labels))
+            return arrays, rows, torch.zeros_like(rows)
+        labels, indices = (torch.tensor(column) for column in (arrays.labels, arrays.indices))
+        times = repetitions(labels, indices, self._weights, seed=self._seed, epoch=epoch)
+        if not times.any():
+            times[0] = 1  # so that an epoch has something to fill its batches with
+        kept = times.nonzero()[:, 0]
+        rows = torch.arange(len(kept)).repeat_interleave(times[kept])
+        return Arrays(*(column[kept.numpy()] for column in arrays)), rows, occurrences(rows)
 
 
 def crowds(images: Tensor, device: torch.device) -> bool:

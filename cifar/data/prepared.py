@@ -25,6 +25,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
+IMBALANCED = 3.0
+"""The largest class over the smallest, from where on the user hears of `--balance`."""
 UPLOADED = "/working_dir_files/"
 """Part of the path of a working folder that Ray unpacked."""
 
@@ -94,6 +96,22 @@ class Prepared:
     source_stats: dict[str, Any] = field(repr=False)
     """Of the images as found: `shapes` [[width, height, count], ...] (most frequent), `num_shapes`, `modes` {name:
     count}; `value_range` [low, high] of the prepared train pixels."""
+
+    @property
+    def imbalance(self) -> float:
+        """Train images of the largest class over those of the smallest that has any."""
+        counts = [count for count in self.class_counts["train"] if count]
+        return max(counts) / min(counts)
+
+    @property
+    def imbalance_advice(self) -> str:
+        """One line for who does not know yet that classes are of very unequal size; empty if they are not."""
+        if self.imbalance < IMBALANCED:
+            return ""
+        return (
+            f"imbalanced: the largest class has {self.imbalance:.0f} times as many train images as the smallest; "
+            f"with --balance logits a network learns all classes alike"
+        )
 
     @classmethod
     def load(cls, path: str) -> "Prepared":

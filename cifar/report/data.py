@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar.config import AugmentConfig
-from cifar.data.prepared import Prepared
+from cifar.data.prepared import IMBALANCED, Prepared
 from cifar.report import page, views
 
 MOST_PER_CLASS, MOST_SAMPLES = 10, 500
@@ -35,6 +35,7 @@ def write_data_report(
         "classes": list(prepared.classes),
         "counts": prepared.counts,
         "class_counts": prepared.class_counts,
+        "imbalance": prepared.imbalance,
         "mean": list(prepared.mean),
         "std": list(prepared.std),
         "source_stats": prepared.source_stats,
@@ -53,6 +54,7 @@ def write_data_report(
         most=max(max(counts, default=1) for counts in prepared.class_counts.values()) or 1,
         smallest=_extreme(prepared, min),
         largest=_extreme(prepared, max),
+        imbalanced=prepared.imbalance >= IMBALANCED,
         samples=[
             {"name": name, "strip": page.strip([image for image, _ in found]), "count": len(found)}
             for name, found in zip(prepared.classes, samples, strict=True)
