@@ -37,14 +37,27 @@ def test_the_temperature_is_that_by_which_labels_were_drawn(temperature: float) 
     assert fit_temperature(*drawn(20_000, temperature)) == pytest.approx(temperature, rel=0.05)
 
 
-def test_no_other_temperature_makes_the_labels_likelier() -> None:
+def loss_of(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    return float(-np.log(softmax(logits / temperature, axis=1)[np.arange(len(labels)), labels]).mean())
+
+
+def test_no_other_temperature_is_likelier() -> None:
     logits, labels = drawn(500, 1.7)
 
     def loss(temperature: float) -> float:
-        return float(-np.log(softmax(logits / temperature, axis=1)[np.arange(500), labels]).mean())
+        return 500 * loss_of(logits, labels, temperature) + (np.log(temperature) / 0.5) ** 2 / 2
 
     best = fit_temperature(logits, labels)
     assert all(loss(best) <= loss(best * factor) for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
+
+
+def test_a_few_images_that_are_all_right_make_no_answer_certain() -> None:
+    """Else the first wrong one would be a certain one: a loss without bound."""
+    logits, labels = drawn(4000, 0.6)
+    others = logits[2000:], labels[2000:]
+    right = np.flatnonzero(logits[:2000].argmax(1) == labels[:2000])
+    fitted = [fit_temperature(logits[rows], labels[rows]) for rows in right[: 20 * 40].reshape(20, 40)]
+    assert max(loss_of(*others, temperature) for temperature in fitted) < 1.5 * loss_of(*others, 0.6)
 
 
 @pytest.mark.parametrize("right", [True, False])
