@@ -81,6 +81,7 @@ def test_source_stats_tell_shapes_and_modes_as_found(tmp_path: Path):
     stats = prepare(config(tmp_path / "set")).source_stats
     assert stats["shapes"] == [[40, 40, 20], [50, 20, 1]]
     assert stats["num_shapes"] == 2
+    assert stats["short_sides"] == [20, 40, 40]
     assert stats["modes"] == {"RGB": 20, "L": 1}
     assert stats["value_range"] == [0, 255]
 

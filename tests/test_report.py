@@ -299,7 +299,8 @@ def test_samples_are_of_their_class_and_as_many_as_there_are(tmp_path):
 
 def test_the_data_report_tells_counts_statistics_quarantine_and_duplicates(tmp_path):
     pairs = {"within_train": 1, "train_test": 2, "pairs": [["train/1.png", "test/4.png"]]}
-    stats = {"shapes": [[32, 32, 200], [640, 480, 3]], "num_shapes": 31, "modes": {"RGB": 203, "CMYK": 5}}
+    shapes = [[32, 32, 200], [640, 480, 7], [9, 12, 2], [9, 13, 2], [9, 14, 2], [10, 711, 1]]
+    stats = {"shapes": shapes, "num_shapes": 31, "short_sides": [9, 33, 480], "modes": {"RGB": 203, "CMYK": 5}}
     prepared = write_prepared(
         tmp_path / "prepared",
         (*CLASSES[:3], NASTY[0]),
@@ -316,6 +317,9 @@ def test_the_data_report_tells_counts_statistics_quarantine_and_duplicates(tmp_p
     assert all("onerror" not in attributes for _, attributes in found.tags)
     wanted = ("125.300", "66.700", "640 x 480", "of 31", "CMYK", "from 3 to 251", "label missing", "train/1.png")
     assert all(words in found.text for words in (*wanted, *NASTY[::3], "TrivialAugment", "python jobs/prepare.py"))
+    assert "9 to 480 pixels, the median 33" in found.text
+    assert "9 x 14" in found.text
+    assert "10 x 711" not in found.text, "one image of 258 is not worth a line"
     values = json.loads((tmp_path / "out/data_report.json").read_text())
     assert values["quarantine_reasons"] == {"truncated": 2, "label missing": 1}
     assert values["counts"] == {"train": 40, "val": 8, "test": 210}

@@ -279,9 +279,12 @@ def _source_stats(summaries: Iterable[Summary]) -> dict[str, Any]:
         shapes.update(summary.shapes)
         modes.update(summary.modes)
         ranges += [summary.splits[TRAIN].value_range] if TRAIN in summary.splits else []
+    sides, counts = zip(*sorted((min(shape), count) for shape, count in shapes.items()), strict=True)
+    middle = int(np.searchsorted(np.cumsum(counts), (shapes.total() + 1) // 2))
     return {
         "shapes": [[width, height, count] for (width, height), count in shapes.most_common(_NAMED_SHAPES)],
         "num_shapes": len(shapes),
+        "short_sides": [sides[0], sides[middle], sides[-1]],
         "modes": dict(modes.most_common()),
         "value_range": [min(low for low, _ in ranges), max(high for _, high in ranges)],
     }

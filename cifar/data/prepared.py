@@ -94,8 +94,9 @@ class Prepared:
     """`within_train`: train rows whose pixels came before in train; `train_test`: test rows whose pixels are in train;
     `pairs`: the first of either as [id, id]."""
     source_stats: dict[str, Any] = field(repr=False)
-    """Of the images as found: `shapes` [[width, height, count], ...] (most frequent), `num_shapes`, `modes` {name:
-    count}; `value_range` [low, high] of the prepared train pixels."""
+    """Of the images as found: `shapes` [[width, height, count], ...] (most frequent), `num_shapes`, `short_sides`
+    (least, median and greatest, in pixels; older sets lack them), `modes` {name: count}; `value_range` [low, high] of
+    the prepared train pixels."""
 
     @property
     def imbalance(self) -> float:

@@ -12,6 +12,8 @@ from cifar.config import AugmentConfig
 from cifar.data.prepared import IMBALANCED, Prepared
 from cifar.report import page, views
 
+FREQUENT, FEWEST_SHAPES = 0.01, 5
+"""Shapes that have at least this share of the images are listed, and so many in any case."""
 MOST_PER_CLASS, MOST_SAMPLES = 10, 500
 MOST_BAD_ROWS = 50
 
@@ -54,6 +56,7 @@ def write_data_report(
         most=max(max(counts, default=1) for counts in prepared.class_counts.values()) or 1,
         smallest=_extreme(prepared, min),
         largest=_extreme(prepared, max),
+        shapes=_frequent(prepared.source_stats["shapes"], sum(prepared.counts.values())),
         imbalanced=prepared.imbalance >= IMBALANCED,
         samples=[
             {"name": name, "strip": page.strip([image for image, _ in found]), "count": len(found)}
@@ -65,6 +68,10 @@ def write_data_report(
         bad=bad[:MOST_BAD_ROWS],
     )
     return page.write(folder / "data_report.html", html)
+
+
+def _frequent(shapes: list[list[int]], images: int) -> list[list[int]]:
+    return [shape for place, shape in enumerate(shapes) if place < FEWEST_SHAPES or shape[2] >= FREQUENT * images]
 
 
 def find_samples(prepared: Prepared, most: int) -> list[list[tuple[NDArray[np.uint8], int]]]:

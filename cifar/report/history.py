@@ -93,7 +93,7 @@ def verdict(history: Sequence[Row]) -> Verdict:
             f"{accuracies} are right. More epochs or a larger network would probably help.",
         )
     return Verdict(
-        "balanced", f"Balanced: the run ended at {accuracies}, and the val loss stayed near its lowest value."
+        "balanced", f"Well fitted: the run ended at {accuracies}, and the val loss stayed near its lowest value."
     )
 
 
