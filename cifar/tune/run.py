@@ -15,7 +15,7 @@ import numpy as np
 from cifar.autoscaler import cluster_nodes
 from cifar.config import Config, ConfigError, RunFailed
 from cifar.data import Prepared
-from cifar.data.prepared import absolute, join, read_object, write_file
+from cifar.data.prepared import IMBALANCED, absolute, join, read_object, write_file
 from cifar.probe import other_nodes, probe, probe_source
 from cifar.ray_job import Blocks
 from cifar.run_dir import locked
@@ -80,6 +80,8 @@ def sweep(config: Config, tune: TuneConfig, recipe_name: str, recipe: Config, gi
     minutes, config = config.train.max_minutes, replace(config, train=replace(config.train, max_minutes=0.0))
     config = config if "batch_size" in space else config.with_batch_size(prepared.counts["train"])
     config = settle_network(config, prepared)
+    if prepared.imbalance >= IMBALANCED:
+        logger.warning("imbalanced: val accuracy, by which trials are ranked, weighs large classes more than others")
     there, coming = cluster_nodes()
     data_bytes = prepared.num_bytes("train") + prepared.num_bytes("val")
     plan = make_sweep_plan(config, tune, data_bytes, [*there, *coming])
