@@ -19,6 +19,7 @@ IMPORTS = {
     "prometheus-client": "prometheus_client",
     "python-multipart": "python_multipart",
     "pyyaml": "yaml",
+    "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "tensorboardx": "tensorboardX",
 }
